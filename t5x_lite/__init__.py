@@ -1,0 +1,1 @@
+"""t5x_lite: a text-to-text training stack in JAX and Flax."""

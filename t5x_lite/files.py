@@ -1,0 +1,35 @@
+"""Whole-file writes that are never seen half done."""
+
+import os
+import uuid
+
+from etils import epath
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """True if `path` is on a mounted file system, where rename is atomic."""
+    return "://" not in os.fspath(path)
+
+
+def write_atomically(path: epath.PathLike, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old content or the new, nothing between.
+
+    A local file is written beside its place and renamed over it. An object store has no rename,
+    but a put there is atomic by itself.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
