@@ -242,32 +242,15 @@ def adafactor(
     axes_structure: Any
     axes_leaves, axes_structure = jax.tree.flatten(layer_axes, is_leaf=_is_axes)
 
-    def is_factored(shape: tuple[int, ...], axes: Axes) -> bool:
-        shape = shape[_is_stacked(axes) :]
-        return len(shape) >= 2 and min(shape[-2:]) >= min_dim_size_to_factor
-
     def init(params: PyTree) -> AdafactorState:
-        for (path, param), axes in zip(
-            jax.tree_util.tree_leaves_with_path(params), axes_leaves, strict=True
-        ):
-            if param.ndim != len(axes):
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(f"{name} has shape {param.shape} but logical axes {axes}")
-
-        def zeros(shape: tuple[int, ...]) -> jax.Array:
-            return jnp.zeros(shape, jnp.float32)
-
-        def slots(axes: Axes, param: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            shape = param.shape
-            if is_factored(shape, axes):
-                return zeros(shape[:-1]), zeros(shape[:-2] + shape[-1:]), zeros(())
-            return zeros(()), zeros(()), zeros(shape)
-
-        params_leaves = axes_structure.flatten_up_to(params)
-        v_row, v_col, v = zip(*map(slots, axes_leaves, params_leaves), strict=True)
-        return AdafactorState(
-            jnp.zeros((), jnp.int32), *(axes_structure.unflatten(x) for x in (v_row, v_col, v))
-        )
+        slots = [
+            _init_slots(path, param.shape, axes, min_dim_size_to_factor)
+            for (path, param), axes in zip(
+                jax.tree_util.tree_leaves_with_path(params), axes_leaves, strict=True
+            )
+        ]
+        trees = (axes_structure.unflatten(column) for column in zip(*slots, strict=True))
+        return AdafactorState(jnp.zeros((), jnp.int32), *trees)
 
     def update(
         grads: PyTree, state: AdafactorState, params: PyTree | None = None
@@ -279,29 +262,15 @@ def adafactor(
         mix = (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
 
         def update_leaf(
-            axes: Axes,
-            grad: jax.Array,
-            param: jax.Array,
-            v_row: jax.Array,
-            v_col: jax.Array,
-            v: jax.Array,
-        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            axes: Axes, grad: jax.Array, param: jax.Array, *old_slots: jax.Array
+        ) -> tuple[jax.Array, ...]:
             grad, param = grad.astype(jnp.float32), param.astype(jnp.float32)
             within_layer = tuple(range(_is_stacked(axes), grad.ndim))
-            grad_squared = jnp.square(grad) + _EPSILON1
-            if is_factored(grad.shape, axes):
-                v_row = (1.0 - mix) * v_row + mix * jnp.mean(grad_squared, axis=-1)
-                v_col = (1.0 - mix) * v_col + mix * jnp.mean(grad_squared, axis=-2)
-                row_factor = jax.lax.rsqrt(v_row / jnp.mean(v_row, axis=-1, keepdims=True))
-                col_factor = jax.lax.rsqrt(v_col)
-                step = grad * row_factor[..., :, None] * col_factor[..., None, :]
-            else:
-                v = (1.0 - mix) * v + mix * grad_squared
-                step = grad * jax.lax.rsqrt(v)
+            step, *slots = _normalize(grad, mix, *old_slots)
             step_rms = _rms(step, within_layer)
             param_scale = jnp.maximum(_rms(param, within_layer), _EPSILON2)
             scale = rate * param_scale / jnp.maximum(1.0, step_rms / clipping_threshold)
-            return -scale * step - weight_decay * param, v_row, v_col, v
+            return -scale * step - weight_decay * param, *slots
 
         leaves = [
             axes_structure.flatten_up_to(tree)
@@ -312,6 +281,36 @@ def adafactor(
         return updates, AdafactorState(optax.safe_increment(state.count), *slots)
 
     return optax.GradientTransformation(init, update)
+
+
+def _init_slots(
+    path: tuple[Any, ...], shape: tuple[int, ...], axes: Axes, min_dim_size_to_factor: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v_row, v_col and v of one parameter: zeros, and scalars where not in use."""
+    if len(shape) != len(axes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise ValueError(f"{name} has shape {shape} but logical axes {axes}")
+    layer_shape = shape[_is_stacked(axes) :]
+    shapes: tuple[tuple[int, ...], ...] = ((), (), shape)
+    if len(layer_shape) >= 2 and min(layer_shape[-2:]) >= min_dim_size_to_factor:
+        shapes = (shape[:-1], shape[:-2] + shape[-1:], ())
+    v_row, v_col, v = (jnp.zeros(s, jnp.float32) for s in shapes)
+    return v_row, v_col, v
+
+
+def _normalize(
+    grad: jax.Array, mix: jax.Array, v_row: jax.Array, v_col: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The gradient over the root of its second moment, and v_row, v_col and v with it mixed in."""
+    grad_squared = jnp.square(grad) + _EPSILON1
+    if v_row.ndim == 0:  # not factored
+        v = (1.0 - mix) * v + mix * grad_squared
+        return grad * jax.lax.rsqrt(v), v_row, v_col, v
+    v_row = (1.0 - mix) * v_row + mix * jnp.mean(grad_squared, axis=-1)
+    v_col = (1.0 - mix) * v_col + mix * jnp.mean(grad_squared, axis=-2)
+    row_factor = jax.lax.rsqrt(v_row / jnp.mean(v_row, axis=-1, keepdims=True))
+    col_factor = jax.lax.rsqrt(v_col)
+    return grad * row_factor[..., :, None] * col_factor[..., None, :], v_row, v_col, v
 
 
 def optimizer_state_axes(state: PyTree, logical_axes: PyTree) -> PyTree:

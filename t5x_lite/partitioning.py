@@ -116,5 +116,38 @@ def check_divisible(shapes: Any, axes_tree: Any, mesh: Mesh) -> None:
                 )
 
 
+def describe(abstract_state: Any, axes_tree: Any) -> list[str]:
+    """A table of every array: name, shape, logical axes, mesh axes, bytes on each device.
+
+    Args:
+      abstract_state: `jax.ShapeDtypeStruct` leaves with shardings.
+      axes_tree: its logical axes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_state)
+    names = jax.tree.leaves(axes_tree, is_leaf=_is_axes)
+    rows = [("array", "shape", "logical axes", "mesh axes", "bytes per device")]
+    total = 0
+    for (path, leaf), axes in zip(leaves, names, strict=True):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        num_bytes = math.prod(shard) * leaf.dtype.itemsize
+        total += num_bytes
+        rows.append(
+            (
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                "x".join(map(str, leaf.shape)) or "scalar",
+                " ".join(axes),
+                " ".join(axis or "-" for axis in leaf.sharding.spec) or "-",
+                f"{num_bytes:,}",
+            )
+        )
+    rows.append(("all", "", "", "", f"{total:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        + f"  {row[4]:>16}"
+        for row in rows
+    ]
+
+
 def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and all(isinstance(e, str | None) for e in x)

@@ -100,10 +100,10 @@ def _convert_once(file: str, field: str | None, validation_share: float) -> _Con
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     directory = cache.cache_dir() / "text_files"
     summary = directory / f"{key}.json"
-    try:
-        return _Converted(**json.loads(summary.read_bytes()))
-    except FileNotFoundError:
-        pass
+    if summary.exists():
+        kept = _Converted(**json.loads(summary.read_bytes()))
+        if all(os.path.exists(shard) for shards in kept.shards.values() for shard in shards):
+            return kept
     logging.info("Reading %s", file)
     writers = {split: _ShardWriter(directory, f"{key}-{split}") for split in SPLITS}
     converted = _Converted(shards={}, num_documents={})

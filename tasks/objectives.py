@@ -252,8 +252,11 @@ def reduce_concat_tokens(
 ) -> tf.data.Dataset:
     """Joins `num_documents` at a time into one example. An id 0 is padding, and left out."""
 
-    def join(example: Mapping[str, tf.RaggedTensor]) -> dict[str, tf.Tensor]:
-        tokens = example["targets"].flat_values
+    def join(example: Mapping[str, tf.Tensor | tf.RaggedTensor]) -> dict[str, tf.Tensor]:
+        tokens = example["targets"]
+        if isinstance(tokens, tf.RaggedTensor):  # not so if all lengths are known to be equal
+            tokens = tokens.flat_values
+        tokens = tf.reshape(tokens, [-1])
         return {"targets": tf.boolean_mask(tokens, tokens != 0)}
 
     return (

@@ -57,10 +57,9 @@ def _all_documents() -> Sequence[tuple[str, str]]:
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     key = f"{_EXTRACTION_VERSION} {sys.version} {library}".encode()
     path = cache.cache_dir() / f"python_docs-{hashlib.sha256(key).hexdigest()[:16]}.json"
-    try:
+    if path.exists():
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        found = extract(library)
+    found = extract(library)
     if len(found) < MIN_NUM_DOCUMENTS:
         raise UsageError(
             f"python_docs: only {len(found)} documents found under {library}; this Python comes "

@@ -138,17 +138,29 @@ class TestAdafactor:
             for name in SHAPES:
                 assert relative_l2(actual[name][layer], expected[name]) < 1e-6, (layer, name)
 
-    def test_statistics_and_updates_are_float32_for_bfloat16_parameters(self):
-        shapes = {"w": (128, 128), "b": (7,)}
+    def test_arithmetic_is_float32_for_bfloat16_parameters(self):
+        shapes = {"w": (128, 128), "b": (200,)}
         axes = {"w": ("embed", "mlp"), "b": ("mlp",)}
-        tx = optimizers.adafactor(optax.constant_schedule(0.1), layer_axes=axes)
-        params = jax.tree.map(
-            lambda x: x.astype(jnp.bfloat16), random_tree(shapes, jax.random.key(0))
+        tx = optimizers.adafactor(optax.constant_schedule(0.1), layer_axes=axes, weight_decay=0.1)
+        low = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16),
+            (random_tree(shapes, jax.random.key(0)), gradients_of_step(shapes, 0)),
         )
-        grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gradients_of_step(shapes, 0))
-        updates, state = tx.update(grads, tx.init(params), params)
-        for leaf in jax.tree.leaves((updates, state.v_row, state.v_col, state.v)):
-            assert leaf.dtype == jnp.float32
+        high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+        results = [jax.jit(tx.update)(g, tx.init(p), p) for p, g in (low, high)]
+        for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
+            assert actual.dtype == expected.dtype
+            np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+    def test_stacked_vectors_are_not_a_matrix(self):
+        shape = (128, 256)
+        tx = optimizers.adafactor(
+            optax.constant_schedule(1.0),
+            layer_axes={"a": ("layers", "embed"), "b": ("mlp", "embed")},
+        )
+        state = tx.init({"a": jnp.zeros(shape), "b": jnp.zeros(shape)})
+        assert (state.v["a"].shape, state.v_row["a"].shape) == (shape, ())
+        assert (state.v["b"].shape, state.v_row["b"].shape) == ((), (128,))
 
     def test_zero_gradients_leave_parameters_alone(self):
         axes = {"w": ("layers", "embed", "mlp")}

@@ -98,10 +98,7 @@ def test_mixture_of_mixtures(golden, make_tasks):
         used = {name: names[name] for name in case["rates"]}
         rates, total = _mix(
             used,
-            [
-                (sub if name == "sub" else names[name], rate)
-                for name, rate in case["top"].items()
-            ],
+            [(sub if name == "sub" else names[name], rate) for name, rate in case["top"].items()],
         )
     finally:
         seqio.MixtureRegistry.remove(sub)

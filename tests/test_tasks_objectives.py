@@ -10,6 +10,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from t5x_lite.errors import UsageError
 from tasks import noise, objectives
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
@@ -191,7 +192,7 @@ def test_full_lengths_of_t5():
 # ---- properties ----------------------------------------------------------------------------------
 
 TEXT = (
-    "A naïve café owner counted 1,024 croissants — and sold none of them before noon. "
+    "A café owner counted 1,024 croissants — and sold none of them before noon. "
     "The rest of the day was spent on wondering why; nobody had told her that the street was "
     "closed, that the bridge had been taken down, or that “everyone” was at the fair. "
 ) * 12
@@ -232,9 +233,7 @@ def _merge(example: dict, vocabulary) -> list[int]:
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 @pytest.mark.parametrize("inputs_length", [16, 61, 128, 512])
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
-def test_span_corruption_decoded_and_merged_gives_the_text(
-    shared_data, kind, inputs_length, seed
-):
+def test_span_corruption_decoded_and_merged_gives_the_text(shared_data, kind, inputs_length, seed):
     if kind == "bytes":
         vocabulary = seqio.ByteVocabulary(extra_ids=100)
     else:
@@ -289,11 +288,11 @@ def test_missing_or_zero_length(name, length):
 
 def test_targets_too_short():
     dataset = tf.data.Dataset.from_tensor_slices({"targets": [[5, 6, 7]]})
-    with pytest.raises(UsageError, match="'targets': 113.*512 inputs needs at least 114"):
+    with pytest.raises(UsageError, match=r"'targets': 113.*512 inputs needs at least 114"):
         objectives.span_corruption(dataset, {"inputs": 512, "targets": 113}, FEATURES)
 
 
-def test_signatures_are_what_seqio_passes():
-    for name in SEQUENCE_OBJECTIVES:
-        parameters = inspect.signature(getattr(objectives, name)).parameters
-        assert {"sequence_length", "output_features"} <= set(parameters)
+def test_documents_of_one_known_length_are_joined_too():
+    dataset = tf.data.Dataset.from_tensor_slices({"targets": [[5, 6, 0], [7, 8, 9], [4, 0, 0]]})
+    joined = objectives.reduce_concat_tokens(dataset, num_documents=2)
+    assert [e["targets"].tolist() for e in joined.as_numpy_iterator()] == [[5, 6, 7, 8, 9], [4]]

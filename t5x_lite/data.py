@@ -1,0 +1,312 @@
+"""From a seqio task to batches of numpy arrays whose position can be saved.
+
+The only core module that imports seqio and TensorFlow, which take seconds: import it late.
+"""
+
+import dataclasses
+import importlib
+import io
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+import tasks
+from t5x_lite.errors import UsageError, nearest
+from t5x_lite.run_config import DataConfig
+from tasks import text_files, vocabularies
+
+# JAX owns the accelerators.
+tf.config.set_visible_devices([], "GPU")
+tf.config.set_visible_devices([], "TPU")
+
+Batch = dict[str, np.ndarray]
+Provider = seqio.Task | seqio.Mixture
+
+# Evaluation draws the same noise at every step and in every run.
+_EVAL_SEED = 42
+
+
+def configure(config: DataConfig) -> None:
+    """Lets `tasks` know the files that the configuration names, and imports the user's module.
+
+    Raises:
+      UsageError: the module cannot be imported.
+    """
+    assert tasks  # importing it has registered the tasks
+    if config.tfds_data_dir is not None:
+        seqio.set_tfds_data_dir_override(config.tfds_data_dir)
+    vocabularies.set_default_file(config.vocabulary_file or vocabularies.T5_VOCABULARY_FILE)
+    if config.text_files_pattern is not None:
+        prefix = "text_files_"
+        names = [f.name for f in dataclasses.fields(text_files.TextFiles)]
+        values = {name: getattr(config, prefix + name) for name in names}
+        text_files.configure(text_files.TextFiles(**values))
+    if config.mixture_or_task_module is not None:
+        try:
+            importlib.import_module(config.mixture_or_task_module)
+        except ImportError as e:
+            raise UsageError(
+                f"MIXTURE_OR_TASK_MODULE = {config.mixture_or_task_module!r}: {e}; give a module "
+                "on PYTHONPATH"
+            ) from e
+
+
+def get_provider(name: str) -> Provider:
+    """The task or mixture of that name.
+
+    Raises:
+      UsageError: there is none; names the nearest ones.
+    """
+    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if name not in known:
+        raise UsageError(
+            f"MIXTURE_OR_TASK_NAME = {name!r} is not registered; {nearest(name, known)} "
+            "(`python -m t5x_lite tasks list` shows all)"
+        )
+    return seqio.get_mixture_or_task(name)
+
+
+def check(config: DataConfig, model_vocab_size: int) -> Provider:
+    """The configuration's task, after a look at whether lengths and ids fit it.
+
+    Raises:
+      UsageError: the task is unknown, is not text to text, a feature has no length or a length
+        has no feature, there is no such split, or the vocabulary has more ids than the model.
+    """
+    provider = get_provider(config.mixture_or_task_name)
+    name, features, lengths = provider.name, provider.output_features, config.task_feature_lengths
+    if set(features) != {"inputs", "targets"}:
+        raise UsageError(
+            f"{name} has the features {', '.join(sorted(features))}; an encoder-decoder needs "
+            "inputs and targets"
+        )
+    for feature in features:
+        if feature not in lengths:
+            raise UsageError(
+                f"TASK_FEATURE_LENGTHS = {dict(lengths)!r} has no length for {feature!r}, a "
+                f"feature of {name}"
+            )
+    for feature in lengths:
+        if feature not in features:
+            raise UsageError(
+                f"TASK_FEATURE_LENGTHS: {name} has no feature {feature!r}; "
+                f"{nearest(feature, features)}"
+            )
+    for macro, split in (("split", config.split), ("eval_split", config.eval_split)):
+        if provider.splits and split not in provider.splits:
+            raise UsageError(
+                f"DataConfig.{macro} = {split!r}: {name} has {', '.join(sorted(provider.splits))}"
+            )
+    for feature in features.values():
+        size = feature.vocabulary.vocab_size
+        if size > model_vocab_size:
+            raise UsageError(
+                f"the vocabulary of {name} has {size} ids, the model T5Config.vocab_size = "
+                f"{model_vocab_size}: raise it to at least {size}"
+            )
+    return provider
+
+
+def target_vocabulary(provider: Provider) -> seqio.Vocabulary:
+    """The vocabulary of the targets."""
+    return provider.output_features["targets"].vocabulary
+
+
+def text_ids(provider: Provider, model_vocab_size: int) -> np.ndarray:
+    """Bool [model_vocab_size]: True for ids that are text, neither sentinel, end mark nor pad."""
+    mask = vocabularies.text_token_mask(target_vocabulary(provider))
+    return np.pad(mask, (0, model_vocab_size - len(mask)))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+class TrainBatches:
+    """An endless iterator of this host's rows, whose position can be saved and restored.
+
+    Each batch is a dict of int32 [batch_size / hosts, length] arrays named as
+    `seqio.EncDecFeatureConverter` names them.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset):
+        self._iterator = iter(dataset)
+        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        return {name: tensor.numpy() for name, tensor in next(self._iterator).items()}
+
+    def position(self) -> bytes:
+        """Where the stream stands, shuffle buffers included.
+
+        Raises:
+          UsageError: something in the task's pipeline cannot be saved.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self._checkpoint.write(f"{folder}/position")
+            except tf.errors.OpError as e:
+                raise UsageError(
+                    "the task's pipeline cannot be saved, so a run on it could not be resumed: "
+                    f"{str(e).splitlines()[0]} (no py_function, generator or unseeded random op)"
+                ) from e
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+                for path in sorted(pathlib.Path(folder).iterdir()):
+                    archive.write(path, path.name)
+        return packed.getvalue()
+
+    def restore(self, position: bytes) -> None:
+        """Goes to where `position` was taken, in this or another process."""
+        with tempfile.TemporaryDirectory() as folder:
+            with zipfile.ZipFile(io.BytesIO(position)) as archive:
+                archive.extractall(folder)
+            self._checkpoint.read(f"{folder}/position").assert_consumed()
+
+
+def train_batches(
+    config: DataConfig, provider: Provider, seed: int, host: int = 0, num_hosts: int = 1
+) -> TrainBatches:
+    """Shuffled batches of `config.split`, epoch after epoch; the seed fixes their order.
+
+    Args:
+      config: lengths, batch size, packing.
+      provider: from `check`.
+      seed: fixes the stream together with the number of hosts.
+      host: index of this host.
+      num_hosts: number of hosts; each reads its own share.
+
+    Raises:
+      UsageError: one pass over the split does not fill one batch, or the pipeline cannot be saved.
+    """
+    rows = config.batch_size // num_hosts
+    shard_info = seqio.ShardInfo(host, num_hosts) if num_hosts > 1 else None
+    once = _dataset(config, provider, config.split, shard_info=shard_info, seed=seed, num_epochs=1)
+    found = sum(1 for _ in once.take(rows))
+    if found < rows:
+        raise UsageError(
+            f"{provider.name}: one pass over {config.split!r} gives {found} rows of "
+            f"{dict(config.task_feature_lengths)}, fewer than the {rows} of one batch; lower "
+            "BATCH_SIZE"
+        )
+    dataset = _dataset(
+        config,
+        provider,
+        config.split,
+        shard_info=shard_info,
+        seed=seed,
+        num_epochs=None,
+        shuffle=True,
+    )
+    batches = TrainBatches(dataset.batch(rows, drop_remainder=True).prefetch(2))
+    batches.position()  # refused now rather than at the first save
+    return batches
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+class EvalBatches:
+    """The batches of one pass over a split, the same each time; the last one padded with zeros.
+
+    Every host goes through all of the split and keeps its rows of each batch.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        provider: Provider,
+        max_batches: int | None,
+        host: int = 0,
+        num_hosts: int = 1,
+    ):
+        dataset = _dataset(config, provider, config.eval_split, seed=_EVAL_SEED, num_epochs=1)
+        dataset = dataset.batch(config.batch_size)
+        if max_batches is not None:
+            dataset = dataset.take(max_batches)
+        self._dataset = dataset.prefetch(2)
+        self._batch_size = config.batch_size
+        rows = config.batch_size // num_hosts
+        self._rows = slice(host * rows, (host + 1) * rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._dataset.as_numpy_iterator():
+            yield {name: self._pad(array)[self._rows] for name, array in batch.items()}
+
+    def _pad(self, array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, self._batch_size - len(array)), (0, 0)))
+
+
+def examples(
+    config: DataConfig, provider: Provider, split: str, num_examples: int | None, seed: int
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Examples as the task gives them, one at a time: int32 `inputs` [<= length], `targets`."""
+    dataset = provider.get_dataset(
+        sequence_length=dict(config.task_feature_lengths),
+        split=split,
+        use_cached=config.use_cached_tasks,
+        shuffle=False,
+        seed=seed,
+        num_epochs=1,
+    )
+    if num_examples is not None:
+        dataset = dataset.take(num_examples)
+    return iter(dataset.as_numpy_iterator())
+
+
+def eval_examples(
+    config: DataConfig, provider: Provider, num_examples: int
+) -> list[Mapping[str, np.ndarray]]:
+    """The first examples of the evaluation split, with the noise of every evaluation."""
+    return list(examples(config, provider, config.eval_split, num_examples, _EVAL_SEED))
+
+
+def token_counts(
+    config: DataConfig, provider: Provider, vocab_size: int, num_examples: int
+) -> np.ndarray:
+    """How often each id occurs in the first examples of the training split, int64 [vocab_size]."""
+    counts = np.zeros(vocab_size, np.int64)
+    for example in examples(config, provider, config.split, num_examples, _EVAL_SEED):
+        for feature in ("inputs", "targets"):
+            counts += np.bincount(example[feature], minlength=vocab_size)
+    return counts
+
+
+def decode(vocabulary: seqio.Vocabulary, ids: np.ndarray) -> str:
+    """Text, with `<extra_id_N>` where sentinels stand, up to the end mark."""
+    return vocabularies.decode_with_sentinels(vocabulary, ids)
+
+
+def _dataset(
+    config: DataConfig, provider: Provider, split: str, **options: Any
+) -> tf.data.Dataset:
+    """Rows as the model sees them."""
+    return seqio.get_dataset(
+        provider.name,
+        dict(config.task_feature_lengths),
+        feature_converter=seqio.EncDecFeatureConverter(pack=config.pack),
+        dataset_split=split,
+        use_cached=config.use_cached_tasks,
+        verbose=False,
+        **options,
+    )
+
+
+def vocabulary_description(provider: Provider) -> dict[str, Any]:
+    """What `model.json` says about the vocabulary of the targets."""
+    vocabulary = target_vocabulary(provider)
+    if isinstance(vocabulary, vocabularies.LazyVocabulary):
+        vocabulary = vocabulary.resolve()
+    description = {"class": type(vocabulary).__name__, "size": vocabulary.vocab_size}
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        description["sentencepiece_model_file"] = str(vocabulary.sentencepiece_model_file)
+        description["extra_ids"] = vocabulary.extra_ids
+    return description

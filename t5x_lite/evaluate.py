@@ -1,0 +1,106 @@
+"""Evaluation by loss, the unigram baseline, and predictions to look at."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from t5x_lite import decoding, metrics, partitioning
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+
+Batch = Mapping[str, np.ndarray]
+
+
+def evaluate_loss(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    batches: Iterable[Batch],
+    text_ids_V: np.ndarray,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Mean losses over all tokens of the batches.
+
+    Args:
+      eval_step: the jitted `step.eval_step`, its static arguments bound.
+      params: the parameters.
+      batches: this host's rows of each batch.
+      text_ids_V: bool, the ids that are text.
+      mesh: where the batches go.
+
+    Returns:
+      `loss`, `text_loss` (over text tokens alone) in nats per token, `accuracy`, and the counts
+      `num_tokens`, `num_text_tokens`.
+    """
+    totals: dict[str, float] = {}
+    for batch in batches:
+        sums = eval_step(params, partitioning.shard_batch(batch, mesh), text_ids_V)
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return metrics.summarize(totals)
+
+
+def unigram_loss(
+    train_counts_V: np.ndarray, batches: Iterable[Batch], text_ids_V: np.ndarray
+) -> float:
+    """What a model that knows only the frequency of each token would lose.
+
+    Frequencies are those of the training split's text tokens, each counted once more than it was
+    seen, so that none is impossible.
+
+    Args:
+      train_counts_V: int, occurrences of each id in the training split.
+      batches: those that the model is evaluated on.
+      text_ids_V: bool, the ids that are text; other tokens count on neither side.
+
+    Returns:
+      Nats per text token of the targets.
+    """
+    smoothed = np.where(text_ids_V, train_counts_V + 1.0, 0.0)
+    with np.errstate(divide="ignore"):
+        nats_V = -np.log(smoothed / smoothed.sum())
+    total, count = 0.0, 0
+    for batch in batches:
+        targets = batch["decoder_target_tokens"]
+        tokens = targets[(batch["decoder_loss_weights"] > 0) & text_ids_V[targets]]
+        total += nats_V[tokens].sum()
+        count += tokens.size
+    return float(total / count) if count else float("nan")
+
+
+def predict(
+    config: T5Config, params: Any, inputs: Sequence[np.ndarray], input_length: int, max_length: int
+) -> np.ndarray:
+    """Greedy predictions.
+
+    Args:
+      config: the architecture.
+      params: the parameters.
+      inputs: int ids of each example, at most `input_length` of them.
+      input_length: padded length of the inputs.
+      max_length: ids to decode at most.
+
+    Returns:
+      int32 [len(inputs), max_length], 0 after the end mark.
+    """
+    tokens_BxS = np.zeros((len(inputs), input_length), np.int32)
+    for row, ids in zip(tokens_BxS, inputs, strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(_greedy(config, max_length, params, tokens_BxS))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _greedy(config: T5Config, max_length: int, params: Any, tokens_BxS: jax.Array) -> jax.Array:
+    encoded = t5.encode(config, params, tokens_BxS)
+    kernel = t5.output_kernel(config, params)
+
+    def next_logits(decoder_inputs: jax.Array, position: jax.Array) -> jax.Array:
+        hidden = t5.decode(config, params, encoded, tokens_BxS, decoder_inputs)
+        last = jax.lax.dynamic_index_in_dim(hidden, position, axis=1, keepdims=False)
+        return last.astype(jnp.float32) @ kernel
+
+    return decoding.greedy(next_logits, tokens_BxS.shape[0], max_length)

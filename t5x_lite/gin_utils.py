@@ -1,0 +1,185 @@
+"""Gin in T5X's dialect: files, later ones win, then `--gin.NAME=VALUE`; errors in one line."""
+
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import gin
+from etils import epath
+
+from t5x_lite.errors import UsageError, nearest
+from t5x_lite.models.config import T5Config
+from t5x_lite.optimizers import OptimizerConfig
+from t5x_lite.run_config import DataConfig, TrainConfig
+from t5x_lite.step import LossConfig
+
+_REQUIRED = "%gin.REQUIRED"
+_MACRO = "gin.macro"
+
+# `gin_configs/` is found from any working directory.
+_CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+
+_CONFIGURABLES = {
+    cls.__name__: gin.external_configurable(cls, module="t5x_lite")
+    for cls in (T5Config, OptimizerConfig, LossConfig, DataConfig, TrainConfig)
+}
+# Gin reads files itself only from the local file system; epath adds object stores.
+gin.config.register_file_reader(
+    lambda path: epath.Path(path).open(), lambda path: "://" in path and epath.Path(path).exists()
+)
+
+
+def load_train_config(
+    files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()
+) -> tuple[TrainConfig, str]:
+    """Reads gin files and bindings and makes the run's configuration of them.
+
+    Args:
+      files: gin files; a later one may override what an earlier one has set.
+      bindings: "NAME = VALUE" lines, which win over the files.
+      search_paths: directories in which relative files are looked for, after the current one.
+
+    Returns:
+      The configuration, and the operative gin text that makes it again.
+
+    Raises:
+      UsageError: a file is missing or wrong, a binding matches nothing, a required macro is
+        missing or given back, or a value is not allowed.
+    """
+    gin.clear_config()
+    search_paths = [*search_paths, str(_CHECKOUT)]
+    for path in search_paths:
+        gin.add_config_file_search_path(path)
+    given_in: dict[str, str] = {}
+    for file in files:
+        _parse_file(file, search_paths)
+        _check_nothing_is_taken_back(file, given_in)
+    for binding in bindings:
+        _parse_binding(binding)
+    _check_macros(given_in)
+    config = _make(TrainConfig)
+    return config, gin.operative_config_str()
+
+
+def _parse_file(file: str, search_paths: Sequence[str]) -> None:
+    path = _find(file, search_paths)
+    for included in re.findall(r"^include\s+['\"](.+)['\"]", path.read_text(), re.MULTILINE):
+        _find(included, search_paths, f" (included by {file})")
+    try:
+        gin.parse_config_file(os.fspath(path))
+    except (ValueError, SyntaxError, ImportError) as e:
+        raise UsageError(f"{file}: {_first_lines(e)}") from e
+
+
+def _find(file: str, search_paths: Sequence[str], included_by: str = "") -> epath.Path:
+    """Gin's own message for a file that is not there is a traceback from its package loader."""
+    for folder in ("", *search_paths):
+        path = epath.Path(folder) / file
+        if path.is_file():
+            return path
+    folder = _CHECKOUT / "gin_configs"
+    known = [str(p.relative_to(_CHECKOUT)) for p in folder.rglob("*.gin")]
+    raise UsageError(f"gin file {file!r}{included_by} is not there; {nearest(file, known)}")
+
+
+def _parse_binding(binding: str) -> None:
+    try:
+        gin.parse_config(binding)
+    except (ValueError, SyntaxError, ImportError) as e:
+        name, _, value = (part.strip() for part in binding.partition("="))
+        if isinstance(e, SyntaxError) or "malformed node" in str(e):
+            quoted = f"--gin.{name}=\"'{value}'\""
+            raise UsageError(
+                f"--gin.{name}={value} is no Python value; a string needs quotes of its own: "
+                f"{quoted}"
+            ) from e
+        raise UsageError(f"--gin.{name}={value}: {_first_lines(e)}") from e
+
+
+def _first_lines(error: Exception) -> str:
+    """Gin's message without its stack of places, and with the nearest known name."""
+    lines = str(error).splitlines()
+    message = lines[0].rstrip(".")
+    place = next((line.strip() for line in lines[1:] if " line " in line), None)
+    if match := re.search(r"No configurable matching '([^']+)'", message):
+        message += f"; {nearest(match[1].split('.')[-1], _CONFIGURABLES)}"
+    elif match := re.search(r"Configurable '([^']+)' doesn't have a parameter named '(.+)'", message):
+        cls = _CONFIGURABLES[match[1].split(".")[-1]]
+        message += f"; {nearest(match[2], cls.__dataclass_fields__)}"
+    return f"{message} ({place})" if place and "bindings string" not in place else message
+
+
+def _macros() -> dict[str, Any]:
+    return {
+        scope: parameters["value"]
+        for (scope, selector), parameters in gin.config._CONFIG.items()
+        if selector == _MACRO
+    }
+
+
+def _check_nothing_is_taken_back(file: str, given_in: dict[str, str]) -> None:
+    """Refuses a file that sets back to "required" what an earlier file gave; notes who gave what.
+
+    T5X's users meet this when the run file comes before the model file.
+    """
+    for name, value in _macros().items():
+        if repr(value) != _REQUIRED:
+            given_in.setdefault(name, file)
+        elif name in given_in:
+            raise UsageError(
+                f"{file} sets {name} back to %gin.REQUIRED, which {given_in[name]} had given: put "
+                f"--gin_file={file} before --gin_file={given_in[name]}"
+            )
+
+
+def _check_macros(given_in: dict[str, str]) -> None:
+    """Refuses macros that nothing uses (a typing error, most likely) or that are still missing."""
+    macros = _macros()
+    used = set()
+    for parameters in gin.config._CONFIG.values():
+        for value in parameters.values():
+            used |= set(re.findall(r"%([A-Za-z_][\w.]*)", repr(value)))
+    for name in macros:
+        if name not in used:
+            where = f" (in {given_in[name]})" if name in given_in else ""
+            raise UsageError(f"{name}{where} matches nothing; {nearest(name, used - {name})}")
+    missing = sorted(name for name in used & set(macros) if repr(macros[name]) == _REQUIRED)
+    missing += sorted(used - set(macros) - {"gin.REQUIRED"})
+    if missing:
+        given = " ".join(f"--gin.{name}=..." for name in missing)
+        raise UsageError(f"{', '.join(missing)} must be given: add {given}")
+
+
+def _make(cls: type) -> Any:
+    name = cls.__name__
+    try:
+        return _CONFIGURABLES[name]()
+    except UsageError as e:
+        raise UsageError(str(e).splitlines()[0]) from e
+    except TypeError as e:
+        missing = re.findall(r"'(\w+)'", str(e).splitlines()[0])
+        raise UsageError(
+            f"no gin file binds {', '.join(f'{name}.{field}' for field in missing)}: add a run "
+            "file, --gin_file=gin_configs/runs/pretrain.gin"
+        ) from e
+
+
+def split_gin_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Takes `--gin.NAME=VALUE` out of the arguments: (bindings "NAME = VALUE", the other ones)."""
+    bindings, rest = [], []
+    for argument in argv:
+        if not argument.startswith("--gin."):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--gin.").partition("=")
+        if not equals or not name:
+            raise UsageError(f"{argument}: write --gin.NAME=VALUE")
+        bindings.append(f"{name} = {value}")
+    return bindings, rest
+
+
+def read_saved(path: epath.PathLike) -> TrainConfig:
+    """The configuration that a run has left in its `config.gin`."""
+    return load_train_config([os.fspath(path)], [])[0]

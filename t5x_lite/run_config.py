@@ -1,0 +1,211 @@
+"""What a training run is, as frozen dataclasses; gin fills them, anything else may.
+
+Nothing here imports TensorFlow or seqio, so that the command line can check its arguments, and
+the step can compile, while those load.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_lite.errors import UsageError
+from t5x_lite.models.config import T5Config
+from t5x_lite.optimizers import OptimizerConfig
+from t5x_lite.step import LossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and in which shape.
+
+    Attributes:
+      mixture_or_task_name: a seqio task or mixture (`python -m t5x_lite tasks list`).
+      task_feature_lengths: tokens of each feature, {"inputs": 512, "targets": 114}.
+      batch_size: rows of the global batch.
+      pack: put several examples in a row where they fit.
+      split: what is trained on.
+      eval_split: what is evaluated on.
+      mixture_or_task_module: a module to import first, which registers tasks; or None.
+      use_cached_tasks: read the examples that seqio's cache job prepared.
+      vocabulary_file: a SentencePiece model or "bytes", for tasks without a vocabulary of their
+        own; None is T5's.
+      tfds_data_dir: where TFDS looks for prepared data sets; None is its own default.
+      text_files_pattern: files for the tasks called `text_files_*`: text, JSON lines, or gzip of
+        either.
+      text_files_field: the field of a JSON line that holds the text; None for plain text.
+      text_files_validation_pattern: files to validate on; None splits off a share instead.
+      text_files_validation_share: the share of documents kept for validation.
+      text_files_skip_corrupt_lines: go on after counting them instead of stopping.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int
+    pack: bool = True
+    split: str = "train"
+    eval_split: str = "validation"
+    mixture_or_task_module: str | None = None
+    use_cached_tasks: bool = False
+    vocabulary_file: str | None = None
+    tfds_data_dir: str | None = None
+    text_files_pattern: str | None = None
+    text_files_field: str | None = None
+    text_files_validation_pattern: str | None = None
+    text_files_validation_share: float = 0.01
+    text_files_skip_corrupt_lines: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError on a length or a batch size that is no positive integer."""
+        lengths = self.task_feature_lengths
+        if not isinstance(lengths, Mapping) or not lengths:
+            raise UsageError(
+                f"TASK_FEATURE_LENGTHS = {lengths!r}: give tokens for each feature, like "
+                "{'inputs': 512, 'targets': 114}"
+            )
+        for feature, length in lengths.items():
+            if not _is_count(length):
+                raise UsageError(
+                    f"TASK_FEATURE_LENGTHS[{feature!r}] = {length!r}: must be an integer of at "
+                    "least 1"
+                )
+        if not _is_count(self.batch_size):
+            raise UsageError(f"BATCH_SIZE = {self.batch_size!r}: must be an integer of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+      model_dir: where everything that the run leaves goes; a local path or an object store's.
+      model: the architecture.
+      optimizer: the optimizer and its schedule.
+      loss: what is minimised.
+      data: the examples.
+      train_steps: the step at which the run is complete.
+      random_seed: fixes initialisation, dropout and the order of examples.
+      eval_period: steps between evaluations; 0 for none before the end.
+      eval_steps: batches of an evaluation; None for the whole split.
+      checkpoint_period: steps between checkpoints; the last step is always saved.
+      checkpoint_keep: how many of the newest checkpoints stay; None for all.
+      checkpoint_keep_every: steps divisible by this stay for ever.
+      log_period: steps between lines of metrics.
+      initial_checkpoint_path: a run or a checkpoint whose parameters to start from.
+      num_sample_predictions: validation examples to fill in at the end.
+      profile_steps: (first, last) step to record for the profiler; None for none.
+      mesh: devices along each mesh axis, {"data": 4, "model": 2}; None: all along "data".
+    """
+
+    model_dir: str
+    model: T5Config
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    data: DataConfig
+    train_steps: int
+    random_seed: int = 0
+    eval_period: int = 1000
+    eval_steps: int | None = 20
+    checkpoint_period: int = 1000
+    checkpoint_keep: int | None = None
+    checkpoint_keep_every: int | None = None
+    log_period: int = 100
+    initial_checkpoint_path: str | None = None
+    num_sample_predictions: int = 4
+    profile_steps: tuple[int, int] | None = None
+    mesh: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError on a count that is none."""
+        if not isinstance(self.model_dir, str) or not self.model_dir:
+            raise UsageError(f"MODEL_DIR = {self.model_dir!r}: give a directory")
+        for macro, value, least in (
+            ("TRAIN_STEPS", self.train_steps, 1),
+            ("RANDOM_SEED", self.random_seed, 0),
+            ("EVAL_PERIOD", self.eval_period, 0),
+            ("EVAL_STEPS", self.eval_steps, 1),
+            ("CHECKPOINT_PERIOD", self.checkpoint_period, 1),
+            ("CHECKPOINT_KEEP", self.checkpoint_keep, 1),
+            ("CHECKPOINT_KEEP_EVERY", self.checkpoint_keep_every, 1),
+            ("LOG_PERIOD", self.log_period, 1),
+            ("NUM_SAMPLE_PREDICTIONS", self.num_sample_predictions, 0),
+        ):
+            optional = macro in ("EVAL_STEPS", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY")
+            if not (value is None and optional) and not _is_count(value, least):
+                raise UsageError(f"{macro} = {value!r}: must be an integer of at least {least}")
+        steps = self.profile_steps
+        if steps is not None and not (
+            len(steps) == 2 and all(_is_count(s) for s in steps) and steps[0] <= steps[1]
+        ):
+            raise UsageError(
+                f"PROFILE_STEPS = {steps!r}: give the first and the last step, like (10, 12)"
+            )
+
+    def check_batch_divides(self, num_data_shards: int) -> None:
+        """Raises UsageError unless each device gets the same number of rows in each microbatch."""
+        pieces = num_data_shards * self.loss.num_microbatches
+        if self.data.batch_size % pieces:
+            raise UsageError(
+                f"BATCH_SIZE = {self.data.batch_size} does not divide into {num_data_shards} "
+                f"data-parallel devices x {self.loss.num_microbatches} microbatches; use a "
+                f"multiple of {pieces}"
+            )
+
+
+# What may differ between two starts of one run: how long it goes and what it writes, never what it
+# computes. The mesh and the places may change since parameters and examples do not depend on them.
+MAY_CHANGE = frozenset(
+    {
+        "TrainConfig.model_dir",
+        "TrainConfig.train_steps",
+        "TrainConfig.eval_period",
+        "TrainConfig.eval_steps",
+        "TrainConfig.checkpoint_period",
+        "TrainConfig.checkpoint_keep",
+        "TrainConfig.checkpoint_keep_every",
+        "TrainConfig.log_period",
+        "TrainConfig.num_sample_predictions",
+        "TrainConfig.profile_steps",
+        "TrainConfig.mesh",
+        "DataConfig.tfds_data_dir",
+    }
+)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What a resumed run must not change but does: "OptimizerConfig.learning_rate: 1.0 -> 0.1"."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{name}: {before[name]!r} -> {after[name]!r}"
+        for name in before
+        if name not in MAY_CHANGE and before[name] != after[name]
+    ]
+
+
+def check_same_run(saved: TrainConfig, config: TrainConfig) -> None:
+    """Refuses to go on with a run under another configuration.
+
+    Raises:
+      UsageError: naming the bindings that differ.
+    """
+    changed = differences(saved, config)
+    if changed:
+        raise UsageError(
+            f"MODEL_DIR = {config.model_dir!r} holds a run with another configuration: "
+            f"{'; '.join(changed)}. Use another MODEL_DIR, or the run's own bindings (only "
+            "TRAIN_STEPS, periods and logging may change)"
+        )
+
+
+def _flatten(config: Any) -> dict[str, Any]:
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= _flatten(value)
+        else:
+            flat[f"{type(config).__name__}.{field.name}"] = value
+    return flat
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

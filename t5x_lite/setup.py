@@ -1,0 +1,149 @@
+"""What a run needs before its first step: programs compiled while the data is being opened."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from t5x_lite import optimizers, partitioning, step
+from t5x_lite.models import t5
+from t5x_lite.run_config import TrainConfig
+
+if TYPE_CHECKING:
+    from t5x_lite import data
+
+
+class Input(NamedTuple):
+    """The opened data.
+
+    Attributes:
+      provider: the seqio task or mixture.
+      train: this host's rows, endlessly.
+      evaluation: this host's rows of the validation split.
+      text_ids_V: bool, the ids that are text.
+    """
+
+    provider: Any
+    train: "data.TrainBatches"
+    evaluation: "data.EvalBatches"
+    text_ids_V: np.ndarray
+
+
+class Programs(NamedTuple):
+    """The compiled steps and where their arrays lie.
+
+    Attributes:
+      mesh: the devices.
+      init: key -> state.
+      train_step: (state, batch, key) -> (state, scalars); the state is donated.
+      eval_step: (params, batch, text_ids) -> sums.
+      abstract_state: shapes, dtypes and shardings of the state.
+      state_axes: the logical axes of each of its arrays.
+    """
+
+    mesh: Mesh
+    init: Callable[..., step.TrainState]
+    train_step: Callable[..., tuple[step.TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., dict[str, jax.Array]]
+    abstract_state: step.TrainState
+    state_axes: step.TrainState
+
+
+def open_input(config: TrainConfig) -> Input:
+    """Opens the data; raises UsageError for whatever is wrong with it."""
+    from t5x_lite import data  # seconds of TensorFlow
+
+    data.configure(config.data)
+    provider = data.check(config.data, config.model.vocab_size)
+    host, num_hosts = jax.process_index(), jax.process_count()
+    return Input(
+        provider,
+        data.train_batches(config.data, provider, config.random_seed, host, num_hosts),
+        data.EvalBatches(config.data, provider, config.eval_steps, host, num_hosts),
+        data.text_ids(provider, config.model.vocab_size),
+    )
+
+
+def make_programs(config: TrainConfig, *, compile_train_step: bool = True) -> Programs:
+    """Derives every sharding from the logical axes and builds the jitted functions.
+
+    Raises:
+      UsageError: a parameter or the batch does not divide over the mesh.
+    """
+    mesh = partitioning.make_mesh(config.mesh)
+    num_data_shards = mesh.shape["data"]
+    config.check_batch_divides(num_data_shards)
+    axes = t5.logical_axes(config.model)
+    optimizer = optimizers.make_optimizer(config.optimizer, axes)
+    init = functools.partial(step.init_state, config.model, optimizer)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    opt_axes = optimizers.optimizer_state_axes(shapes.opt_state, axes)
+    state_axes = step.TrainState((), axes, opt_axes)
+    partitioning.check_divisible(shapes, state_axes, mesh)
+    shardings = partitioning.shardings(mesh, state_axes)
+    abstract_state = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    everywhere = partitioning.replicated(mesh)
+    rows = partitioning.batch_sharding(mesh)
+    train_step: Any = jax.jit(
+        functools.partial(
+            step.train_step,
+            config.model,
+            config.loss,
+            optimizer,
+            optimizers.make_schedule(config.optimizer),
+            num_data_shards,
+        ),
+        in_shardings=(shardings, rows, everywhere),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(
+        functools.partial(step.eval_step, config.model, num_data_shards),
+        in_shardings=(shardings.params, rows, everywhere),
+        out_shardings=everywhere,
+    )
+    if compile_train_step:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        train_step = train_step.lower(abstract_state, _batch_shapes(config), key).compile()
+    return Programs(
+        mesh,
+        jax.jit(init, out_shardings=shardings),
+        train_step,
+        eval_step,
+        abstract_state,
+        state_axes,
+    )
+
+
+def prepare(config: TrainConfig) -> tuple[Input, Programs]:
+    """Opens the data in one thread while this one compiles: both take seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        opened: Future[Input] = pool.submit(open_input, config)
+        programs = make_programs(config)
+        return opened.result(), programs
+
+
+def _batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `data` will deliver, known before it is opened."""
+    names = {
+        "inputs": ["encoder_input_tokens"],
+        "targets": ["decoder_target_tokens", "decoder_input_tokens", "decoder_loss_weights"],
+    }
+    if config.data.pack:
+        names["inputs"] += ["encoder_segment_ids", "encoder_positions"]
+        names["targets"] += ["decoder_segment_ids", "decoder_positions"]
+    lengths = config.data.task_feature_lengths
+    return {
+        name: jax.ShapeDtypeStruct((config.data.batch_size, lengths[feature]), jnp.int32)
+        for feature, group in names.items()
+        for name in group
+    }

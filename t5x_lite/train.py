@@ -1,0 +1,351 @@
+"""Training: `train` reads top to bottom, `_run_steps` is the loop.
+
+What a run leaves in MODEL_DIR is described in docs/model_dir.md.
+"""
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from t5x_lite import evaluate, files, partitioning, report, setup
+from t5x_lite.checkpoints import Checkpoints, restore_params
+from t5x_lite.errors import UsageError
+from t5x_lite.metrics import MetricWriter, read_metrics, summarize
+from t5x_lite.models import t5
+from t5x_lite.progress import Progress
+from t5x_lite.run_config import TrainConfig
+from t5x_lite.step import TrainState
+
+# Steps that may be under way on the device before the host looks at the oldest one's loss.
+_STEPS_IN_FLIGHT = 2
+
+# Enough examples for a unigram model; a pass over a small split.
+_UNIGRAM_EXAMPLES = 20_000
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is no number; nothing after the last checkpoint was saved."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop and has saved the step it stopped at."""
+
+
+def train(config: TrainConfig, config_text: str) -> None:
+    """Runs or resumes training until `config.train_steps`.
+
+    Args:
+      config: the run.
+      config_text: the gin text that makes it again, for MODEL_DIR/config.gin.
+
+    Raises:
+      UsageError: the data, the mesh or MODEL_DIR does not fit the configuration.
+      NonFiniteLossError: naming step and batch.
+      Interrupted: after SIGTERM or Ctrl-C, with the current step saved.
+      CheckpointError: there are checkpoints, none of them intact.
+    """
+    model_dir = epath.Path(config.model_dir)
+    checkpoints = Checkpoints(
+        (model_dir / "checkpoints").resolve(),
+        keep=config.checkpoint_keep,
+        keep_every=config.checkpoint_keep_every,
+    )
+    with _stop_on_signal() as stop:
+        data, programs = setup.prepare(config)
+        _write_run_files(model_dir, config, config_text, data)
+
+        # Precedence: the newest intact checkpoint of this run, else the parameters of
+        # INITIAL_CHECKPOINT_PATH, else T5's initialisers.
+        restored = checkpoints.restore_latest(programs.abstract_state)
+        key = jax.random.key(config.random_seed)
+        if restored is not None:
+            for line in restored.skipped:
+                print(line, file=sys.stderr)
+            print(f"resuming after step {restored.step} of {config.train_steps}", flush=True)
+            state = restored.state
+            if restored.input_state is None:
+                raise UsageError(f"the checkpoint of step {restored.step} has no input position")
+            data.train.restore(restored.input_state)
+        else:
+            state = programs.init(jax.random.fold_in(key, 0))
+            if config.initial_checkpoint_path is not None:
+                initial = restore_params(
+                    config.initial_checkpoint_path, programs.abstract_state.params
+                )
+                state = state._replace(params=initial.state)
+
+        start = 0 if restored is None else restored.step
+        if start >= config.train_steps:
+            print(f"the run is complete: step {start} of {config.train_steps}")
+            _print_places(model_dir)
+            return
+        writer = MetricWriter(model_dir)
+        writer.drop_after(start)
+        run = _Run(config, data, programs, checkpoints, writer, stop)
+        try:
+            state = _run_steps(run, state, start, jax.random.fold_in(key, 1))
+        finally:
+            writer.close()
+            checkpoints.close()
+    _finish(model_dir, config, data, state)
+
+
+class _Run(NamedTuple):
+    """What the loop works with and does not change."""
+
+    config: TrainConfig
+    data: setup.Input
+    programs: setup.Programs
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    stop: threading.Event
+
+
+def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> TrainState:
+    """The loop: the device runs ahead by a few steps, the host follows with the log."""
+    config, programs = run.config, run.programs
+    first_profiled, last_profiled = config.profile_steps or (0, 0)
+    with Progress(config.train_steps, start) as progress:
+        follower = _Follower(run, progress)
+        saved = start
+        for step in range(start + 1, config.train_steps + 1):
+            if step == first_profiled:
+                jax.profiler.start_trace(str(epath.Path(config.model_dir) / "tensorboard"))
+            batch = next(run.data.train)
+            rows = partitioning.shard_batch(batch, programs.mesh)
+            state, scalars = programs.train_step(state, rows, key)
+            follower.add(step, batch, scalars)
+            if step == last_profiled:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+
+            last = step == config.train_steps or run.stop.is_set()
+            if last or step % config.checkpoint_period == 0:
+                follower.catch_up()  # nothing is saved after a loss that is no number
+                run.writer.flush()
+                run.checkpoints.save(step, state, run.data.train.position())
+                saved = step
+            if step == config.train_steps or (
+                config.eval_period and step % config.eval_period == 0
+            ):
+                follower.catch_up()
+                _evaluate(run, progress, step, state)
+            if run.stop.is_set():
+                break
+        run.checkpoints.wait()
+        if saved < config.train_steps:
+            raise Interrupted(
+                f"stopped after step {saved} of {config.train_steps}, which is saved; the same "
+                "command goes on from there"
+            )
+    return state
+
+
+class _Follower:
+    """Reads each step's sums a little after the device has them; checks and logs them."""
+
+    def __init__(self, run: _Run, progress: Progress):
+        self._run = run
+        self._progress = progress
+        self._behind: deque[tuple[int, Any, Any]] = deque()
+        self._tokens = 0.0
+        self._steps = 0
+        self._since = time.monotonic()
+
+    def add(self, step: int, batch: Any, scalars: Any) -> None:
+        self._behind.append((step, batch, scalars))
+        while len(self._behind) > _STEPS_IN_FLIGHT:
+            self._read(*self._behind.popleft())
+
+    def catch_up(self) -> None:
+        while self._behind:
+            self._read(*self._behind.popleft())
+
+    def _read(self, step: int, batch: Any, scalars: Any) -> None:
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        for name in ("loss_sum", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteLossError(_describe_batch(self._run, step, batch, name, values))
+        self._tokens += values["num_tokens"]
+        self._steps += 1
+        self._progress.update(step)
+        config = self._run.config
+        if step % config.log_period == 0 or step == config.train_steps or self._steps == step == 1:
+            seconds = time.monotonic() - self._since
+            line = summarize(values) | {
+                "seconds_per_step": seconds / self._steps,
+                "target_tokens_per_second": self._tokens / seconds,
+            }
+            self._run.writer.write("train", step, line)
+            self._progress.log(step, line)
+            self._tokens, self._steps, self._since = 0.0, 0, time.monotonic()
+
+
+def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> None:
+    values = evaluate.evaluate_loss(
+        run.programs.eval_step,
+        state.params,
+        run.data.evaluation,
+        run.data.text_ids_V,
+        run.programs.mesh,
+    )
+    split = run.config.data.eval_split
+    run.writer.write(split, step, values)
+    progress.message(
+        f"step {step}  {split} loss {values['loss']:.4f}  text {values['text_loss']:.4f}  "
+        f"accuracy {values['accuracy']:.4f}"
+    )
+
+
+def _describe_batch(run: _Run, step: int, batch: Any, name: str, values: dict[str, float]) -> str:
+    from t5x_lite import data
+
+    task = run.config.data.mixture_or_task_name
+    path = epath.Path(run.config.model_dir) / f"non_finite_batch_{step}.npz"
+    with path.open("wb") as f:
+        np.savez(f, **batch)
+    vocabulary = data.target_vocabulary(run.data.provider)
+    text = data.decode(vocabulary, batch["decoder_target_tokens"][0])[:60]
+    kept = run.checkpoints.steps()
+    return (
+        f"step {step}: {name} is {values[name]}; batch {step} of {task} (seed "
+        f"{run.config.random_seed}, first target {text!r}) is kept in {path}; "
+        f"checkpoints end at step {kept[-1] if kept else 'none'}"
+    )
+
+
+# ---- before and after the loop -------------------------------------------------------------------
+
+
+def _write_run_files(
+    model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input
+) -> None:
+    """Writes config.gin and model.json, as the first thing that a run leaves."""
+    from t5x_lite.data import vocabulary_description
+
+    description = {
+        "architecture": {"family": "t5", **config.model.to_dict()},
+        "num_parameters": t5.num_parameters(config.model),
+        "task": config.data.mixture_or_task_name,
+        "feature_lengths": dict(config.data.task_feature_lengths),
+        "vocabulary": vocabulary_description(data.provider),
+    }
+    try:
+        files.write_atomically(model_dir / "config.gin", config_text.encode())
+        text = json.dumps(description, indent=2) + "\n"
+        files.write_atomically(model_dir / "model.json", text.encode())
+    except OSError as e:
+        raise UsageError(f"MODEL_DIR = {str(model_dir)!r} cannot be written: {e.strerror}") from e
+
+
+def _finish(
+    model_dir: epath.Path, config: TrainConfig, data: setup.Input, state: TrainState
+) -> None:
+    """The baseline, a few predictions, the report, and where everything is."""
+    from t5x_lite import data as data_module
+
+    counts = data_module.token_counts(
+        config.data, data.provider, config.model.vocab_size, _UNIGRAM_EXAMPLES
+    )
+    baseline = evaluate.unigram_loss(counts, data.evaluation, data.text_ids_V)
+    text = json.dumps({"unigram_loss": baseline}) + "\n"
+    files.write_atomically(model_dir / "metrics" / "baselines.json", text.encode())
+    predictions = _sample_predictions(config, data, state)
+    if predictions:
+        lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+        name = f"{config.data.mixture_or_task_name}-{int(state.step)}.jsonl"
+        files.write_atomically(model_dir / "inference" / name, lines.encode())
+    report.write_report(model_dir)
+
+    print(f"\nthe run is complete: step {int(state.step)} of {config.train_steps}")
+    for prediction in predictions:
+        for field in ("inputs", "targets", "prediction"):
+            print(f"{'' if field != 'inputs' else chr(10)}  {field:10}  {prediction[field][:300]}")
+    split = config.data.eval_split
+    found = read_metrics(model_dir / "metrics" / f"{split}.jsonl")[-1]["text_loss"]
+    print(
+        f"\n{split} loss over text tokens {found:.3f} nats; a unigram model of the same tokens "
+        f"{baseline:.3f}"
+    )
+    _print_places(model_dir)
+
+
+def _print_places(model_dir: epath.Path) -> None:
+    for name in ("checkpoints", "metrics", "tensorboard", "inference", "report.html"):
+        print(f"  {name:12} {model_dir / name}")
+
+
+def _sample_predictions(
+    config: TrainConfig, data: setup.Input, state: TrainState
+) -> list[dict[str, str]]:
+    from t5x_lite import data as data_module
+
+    count = config.num_sample_predictions
+    examples = data_module.eval_examples(config.data, data.provider, count) if count else []
+    if not examples:
+        return []
+    lengths = config.data.task_feature_lengths
+    inputs = [example["inputs"] for example in examples]
+    predicted = evaluate.predict(
+        config.model, state.params, inputs, lengths["inputs"], lengths["targets"]
+    )
+    vocabulary = data_module.target_vocabulary(data.provider)
+    return [
+        {
+            "inputs": data_module.decode(vocabulary, example["inputs"]),
+            "targets": data_module.decode(vocabulary, example["targets"]),
+            "prediction": data_module.decode(vocabulary, ids),
+        }
+        for example, ids in zip(examples, predicted, strict=True)
+    ]
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM (a preemption) or Ctrl-C sets; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Opens the data, draws one batch, and prints what a run would hold; trains nothing.
+
+    Raises:
+      UsageError: as `train` would.
+    """
+    programs = setup.make_programs(config, compile_train_step=False)
+    data = setup.open_input(config)
+    batch = next(data.train)
+    table = partitioning.describe(programs.abstract_state, programs.state_axes)
+    print("\n".join(table))
+    print("\none batch:")
+    for name, array in batch.items():
+        filled = 100 * np.count_nonzero(array) / array.size
+        print(f"  {name:24} {array.dtype} {array.shape}  {filled:5.1f}% not 0")
+    total = t5.num_parameters(config.model)
+    print(f"\n{total:,} parameters; mesh {dict(programs.mesh.shape)}; nothing was trained")
