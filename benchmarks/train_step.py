@@ -125,7 +125,7 @@ def main() -> None:
             if step:
                 seconds[name].append(time.perf_counter() - wall)
             print(
-                f"{'warm-up' if not step else step:>8}  {name:14} "
+                f"{step or 'warm-up':>8}  {name:14} "
                 f"{time.perf_counter() - wall:7.2f} s  cpu {time.process_time() - cpu:7.2f} s"
             )
     for name, values in seconds.items():

@@ -9,7 +9,8 @@ Shapes in names: B batch, L length, D d_model, V vocabulary, C chunks.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def _pick(logits_BxLxV: Array, targets_BxL: Array) -> Array:
 
 
 def _cut(x_BxL: Array, chunks: int) -> Array:
-    """[B, L, ...] -> [C, B, L / C, ...]: every chunk keeps all rows, so rows stay where they are."""
+    """[B, L, ...] -> [C, B, L / C, ...]: every chunk keeps all rows, each on its device."""
     batch_size, length, *rest = x_BxL.shape
     return jnp.moveaxis(x_BxL.reshape(batch_size, chunks, length // chunks, *rest), 1, 0)
 
@@ -123,8 +124,9 @@ def _chunk(
     z_loss: float,
     label_smoothing: float,
     with_gradient: bool,
-) -> tuple[LossSums, tuple[Array, Array] | None]:
-    """One chunk's sums, and the gradient of loss + z_loss for its hidden states and the kernel."""
+) -> Any:
+    """One chunk's sums, and with them, if asked for, the gradient of loss + z_loss with respect to
+    its hidden states and to the kernel."""
     hidden32 = hidden.astype(jnp.float32)
     logits = hidden32 @ kernel
     vocab_size = kernel.shape[-1]
@@ -151,7 +153,7 @@ def _chunk(
         num_tokens=jnp.sum(weights),
     )
     if not with_gradient:
-        return sums, None
+        return sums
     slope = (weights * (1.0 + 2.0 * z_loss * log_z))[..., None] / total
     hot = jax.nn.one_hot(targets, vocab_size, dtype=jnp.float32)
     d_logits = exps * slope - weights[..., None] * ((on - off) * hot + off)
@@ -161,14 +163,16 @@ def _chunk(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(objective, chunks: int, kernel: Array, arrays: tuple) -> tuple[Array, LossSums]:
+def _summed(
+    objective: Callable[..., Any], chunks: int, kernel: Array, arrays: tuple
+) -> tuple[Array, LossSums]:
     hidden, targets, weights = arrays
     if chunks == 1:
-        sums, _ = objective(hidden, kernel, targets, weights, with_gradient=False)
+        sums = objective(hidden, kernel, targets, weights, with_gradient=False)
         return sums.loss + sums.z_loss, sums
 
     def add(sums: LossSums, chunk: tuple) -> tuple[LossSums, None]:
-        more, _ = objective(chunk[0], kernel, *chunk[1:], with_gradient=False)
+        more = objective(chunk[0], kernel, *chunk[1:], with_gradient=False)
         return jax.tree.map(jnp.add, sums, more), None
 
     zeros = LossSums(*jnp.zeros(4))
@@ -176,7 +180,9 @@ def _summed(objective, chunks: int, kernel: Array, arrays: tuple) -> tuple[Array
     return sums.loss + sums.z_loss, sums
 
 
-def _summed_forward(objective, chunks: int, kernel: Array, arrays: tuple):
+def _summed_forward(
+    objective: Callable[..., Any], chunks: int, kernel: Array, arrays: tuple
+) -> tuple[tuple[Array, LossSums], tuple[Array, Array]]:
     hidden, targets, weights = arrays
     if chunks == 1:
         sums, gradients = objective(hidden, kernel, targets, weights, with_gradient=True)
@@ -195,7 +201,9 @@ def _summed_forward(objective, chunks: int, kernel: Array, arrays: tuple):
     return (sums.loss + sums.z_loss, sums), (d_hidden, d_kernel)
 
 
-def _summed_backward(objective, chunks: int, gradients: tuple, cotangent: tuple):
+def _summed_backward(
+    objective: Callable[..., Any], chunks: int, gradients: tuple, cotangent: tuple
+) -> tuple[Array, tuple]:
     d_hidden, d_kernel = gradients
     scale = cotangent[0]
     return scale * d_kernel, (d_hidden * scale.astype(d_hidden.dtype), None, None)

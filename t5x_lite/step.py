@@ -5,7 +5,7 @@ loss, divide once by the whole batch's normaliser, let the optimizer turn them i
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -150,7 +150,9 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), scalars
 
 
-def _accumulate(gradient, params: Any, batch: Batch, key: Array, count: int) -> tuple[Any, Any]:
+def _accumulate(
+    gradient: Callable[..., Any], params: Any, batch: Batch, key: Array, count: int
+) -> tuple[Any, Any]:
     """Sums of gradients and of losses over `count` microbatches, one after the other.
 
     Row r goes to microbatch r modulo count: each device keeps the rows that it has.

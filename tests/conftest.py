@@ -19,7 +19,7 @@ def repo() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """Real data, vocabularies and golden files kept beside the checkout; absent from a user's clone."""
+    """Real data, vocabularies and golden files beside the checkout; a user's clone has none."""
     path = REPO.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip(f"no ../shared/data beside the checkout ({path.parent.name}/ is not there)")
