@@ -1,53 +1,86 @@
-"""The command line: `python -m t5x_lite VERB ...`. Parses, hands over, and turns errors into lines."""
+"""The command line, `python -m t5x_lite VERB`: parses, hands over, and turns errors into lines."""
 
 import argparse
+import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from t5x_lite.run_config import DataConfig
 
 USAGE_ERROR, FAILURE = 2, 1
 # What a process that SIGTERM ends exits with; a supervisor then starts the command again.
 INTERRUPTED = 143
+KEYBOARD_INTERRUPT = 130
 
 _TINY = "gin_configs/models/t5_1_1/tiny.gin"
+_RUN = "gin_configs/runs/python_docs.gin"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     # TensorFlow's start-up notes on stderr are about itself.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(format="%(message)s")  # before a library makes its own of it
     try:
         arguments = sys.argv[1:] if argv is None else list(argv)
         return _dispatch(arguments)
     except UsageError as e:
-        print(f"t5x_lite: {e}", file=sys.stderr)
+        _print_error(e)
         return USAGE_ERROR
     except RuntimeError as e:
         if type(e).__module__.split(".")[0] != "t5x_lite":
             raise
-        print(f"t5x_lite: {e}", file=sys.stderr)
+        _print_error(e)
         return INTERRUPTED if type(e).__name__ == "Interrupted" else FAILURE
+    except KeyboardInterrupt:
+        print("t5x_lite: stopped", file=sys.stderr)
+        return KEYBOARD_INTERRUPT
+
+
+def _print_error(error: Exception) -> None:
+    print(f"t5x_lite: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
     from_verb: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "tasks": _tasks,
+        "vocab": _vocab,
         "report": _report,
     }
-    parser = argparse.ArgumentParser(
-        prog="t5x_lite", description="Text-to-text training in JAX and Flax."
+    parser = _parser(
+        "", "Text-to-text training in JAX and Flax.", f"train --gin_file={_TINY} --gin_file={_RUN}"
     )
-    parser.add_argument("verb", choices=from_verb, help="VERB --help tells more")
-    arguments = parser.parse_args(argv[:1])
-    return from_verb[arguments.verb](argv[1:])
+    known = ", ".join(from_verb)
+    parser.add_argument("verb", help=f"one of {known}; VERB --help tells more")
+    verb = parser.parse_args(argv[:1]).verb
+    if verb not in from_verb:
+        raise UsageError(f"unknown verb {verb!r}; {nearest(verb, from_verb)}")
+    return from_verb[verb](argv[1:])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error does."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = sorted(set(re.findall(r"--[\w.]+", self.format_help())))
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
+        if unknown:
+            flag = unknown[1].partition("=")[0]
+            message = f"unknown argument {flag!r}; {nearest(flag, flags)}"
+        raise UsageError(f"{message} (python -m {self.prog} --help tells more)")
 
 
 def _parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"t5x_lite {verb}",
+    return _Parser(
+        prog=f"t5x_lite {verb}".rstrip(),
         description=description,
         epilog=f"example:\n  python -m t5x_lite {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,7 +95,7 @@ def _train(argv: list[str]) -> int:
     parser = _parser(
         "train",
         "Pre-train or fine-tune. The same command resumes a run that was interrupted.",
-        f"train --gin_file={_TINY} --gin_file=gin_configs/runs/python_docs.gin",
+        f"train --gin_file={_TINY} --gin_file={_RUN}",
     )
     parser.add_argument(
         "--gin_file", action="append", default=[], help="repeatable; a later file wins"
@@ -90,7 +123,7 @@ def _train(argv: list[str]) -> int:
     bindings, rest = gin_utils.split_gin_flags(argv)
     arguments = parser.parse_args(rest)
     if not arguments.gin_file:
-        raise UsageError(f"give --gin_file, for example --gin_file={_TINY}")
+        raise UsageError(f"give --gin_file, for example --gin_file={_TINY} --gin_file={_RUN}")
     if arguments.tfds_data_dir:
         bindings.append(f"DataConfig.tfds_data_dir = {arguments.tfds_data_dir!r}")
     paths = [path for path in arguments.gin_search_paths.split(",") if path]
@@ -111,13 +144,140 @@ def _keep_compiled_programs() -> None:
     """Compiled programs are kept between processes, unless JAX was told where to."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = os.environ.get("T5X_LITE_CACHE", "~/.cache/t5x_lite")
         jax.config.update("jax_compilation_cache_dir", f"{pathlib.Path(root).expanduser()}/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 # ---- tasks, vocab, report ------------------------------------------------------------------------
+
+
+def _tasks(argv: list[str]) -> int:
+    actions = {"list": _tasks_list, "inspect": _tasks_inspect}
+    parser = _parser(
+        "tasks", "List tasks, or look into one.", "tasks inspect python_docs_span_corruption"
+    )
+    parser.add_argument("action", help="list, or inspect NAME; ACTION --help tells more")
+    action = parser.parse_args(argv[:1]).action
+    if action not in actions:
+        raise UsageError(f"unknown action {action!r} of tasks; {nearest(action, actions)}")
+    return actions[action](argv[1:])
+
+
+def _tasks_list(argv: list[str]) -> int:
+    parser = _parser("tasks list", "List the tasks and mixtures.", "tasks list 'c4_*'")
+    parser.add_argument("pattern", nargs="?", help="wildcards, or a part of the name")
+    parser.add_argument("--module", help="a module on PYTHONPATH to import first")
+    arguments = parser.parse_args(argv)
+    from t5x_lite import data, inspect_tasks
+
+    data.import_module(arguments.module)
+    inspect_tasks.list_tasks(arguments.pattern)
+    return 0
+
+
+def _tasks_inspect(argv: list[str]) -> int:
+    parser = _parser(
+        "tasks inspect",
+        "Show real examples of a task at each stage, and what its lengths cost.",
+        "tasks inspect python_docs_span_corruption --task_feature_lengths=inputs=128,targets=29",
+    )
+    parser.add_argument("name", help="a task or mixture")
+    _add_data_flags(parser)
+    parser.add_argument("--num_examples", type=int, default=1000, help="examples to measure")
+    parser.add_argument("--num_shown", type=int, default=1, help="examples to show")
+    parser.add_argument("--no_pack", action="store_true", help="one example a row")
+    arguments = parser.parse_args(argv)
+    from t5x_lite import inspect_tasks
+
+    inspect_tasks.inspect_task(
+        _data_config(arguments, arguments.name, pack=not arguments.no_pack),
+        num_examples=arguments.num_examples,
+        num_shown=arguments.num_shown,
+    )
+    return 0
+
+
+def _vocab(argv: list[str]) -> int:
+    parser = _parser(
+        "vocab",
+        "Train a SentencePiece vocabulary from a task's text.",
+        "vocab --task=text_files_span_corruption --text_files_pattern='texts/*.txt' "
+        "--vocab_size=32000 --output=my.model",
+    )
+    parser.add_argument("--task", required=True, help="whose text to train on")
+    parser.add_argument("--output", required=True, help="the file to write; must not exist")
+    parser.add_argument(
+        "--vocab_size", type=int, default=32000, help="all ids: pieces, pad, eos, unk, sentinels"
+    )
+    parser.add_argument("--num_sentinels", type=int, default=100, help="ids for <extra_id_N>")
+    parser.add_argument("--model_type", choices=["unigram", "bpe"], default="unigram")
+    parser.add_argument(
+        "--byte_fallback", action="store_true", help="spell characters without a piece as bytes"
+    )
+    parser.add_argument(
+        "--max_examples", type=int, default=50_000, help="read at most so many, all into memory"
+    )
+    _add_data_flags(parser)
+    arguments = parser.parse_args(argv)
+    from t5x_lite import vocab
+
+    vocab.train_vocabulary(
+        _data_config(arguments, arguments.task),
+        arguments.output,
+        vocab_size=arguments.vocab_size,
+        num_sentinels=arguments.num_sentinels,
+        model_type=arguments.model_type,
+        byte_fallback=arguments.byte_fallback,
+        max_examples=arguments.max_examples,
+    )
+    return 0
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--task_feature_lengths",
+        default="inputs=512,targets=114",
+        metavar="FEATURE=N,...",
+        help="tokens of each feature (default: %(default)s)",
+    )
+    parser.add_argument("--vocabulary_file", help="a SentencePiece model, or bytes; T5's by default")
+    parser.add_argument("--module", help="a module on PYTHONPATH to import first")
+    parser.add_argument("--tfds_data_dir", help="where TFDS finds prepared data sets")
+    parser.add_argument("--text_files_pattern", help="files for the tasks text_files_*")
+    parser.add_argument("--text_files_field", help="the field of a JSON line that holds the text")
+    parser.add_argument("--text_files_validation_pattern", help="files to validate on")
+    parser.add_argument(
+        "--text_files_validation_share",
+        type=float,
+        default=0.01,
+        help="share of documents kept for validation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text_files_skip_corrupt_lines",
+        action="store_true",
+        help="leave out lines that cannot be read, instead of stopping",
+    )
+
+
+def _data_config(arguments: argparse.Namespace, name: str, *, pack: bool = True) -> "DataConfig":
+    from t5x_lite.inspect_tasks import parse_feature_lengths
+    from t5x_lite.run_config import DataConfig
+
+    text_files = {k: v for k, v in vars(arguments).items() if k.startswith("text_files_")}
+    return DataConfig(
+        name,
+        parse_feature_lengths(arguments.task_feature_lengths),
+        batch_size=1,
+        pack=pack,
+        split=arguments.split,
+        mixture_or_task_module=arguments.module,
+        vocabulary_file=arguments.vocabulary_file,
+        tfds_data_dir=arguments.tfds_data_dir,
+        **text_files,
+    )
 
 
 def _report(argv: list[str]) -> int:

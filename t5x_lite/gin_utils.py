@@ -1,8 +1,11 @@
 """Gin in T5X's dialect: files, later ones win, then `--gin.NAME=VALUE`; errors in one line."""
 
+import dataclasses
 import os
 import pathlib
 import re
+import types
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,24 +56,29 @@ def load_train_config(
     for path in search_paths:
         gin.add_config_file_search_path(path)
     given_in: dict[str, str] = {}
+    mentioned: set[str] = set()
     for file in files:
-        _parse_file(file, search_paths)
+        mentioned |= _parse_file(file, search_paths)
         _check_nothing_is_taken_back(file, given_in)
     for binding in bindings:
         _parse_binding(binding)
-    _check_macros(given_in)
+    _check_macros(given_in, mentioned)
     config = _make(TrainConfig)
+    _check_types(config)
     return config, gin.operative_config_str()
 
 
-def _parse_file(file: str, search_paths: Sequence[str]) -> None:
+def _parse_file(file: str, search_paths: Sequence[str]) -> set[str]:
+    """Parses a file and returns the macros that it, or a file it includes, mentions as %NAME."""
     path = _find(file, search_paths)
-    for included in re.findall(r"^include\s+['\"](.+)['\"]", path.read_text(), re.MULTILINE):
-        _find(included, search_paths, f" (included by {file})")
+    text = path.read_text()
+    for included in re.findall(r"^include\s+['\"](.+)['\"]", text, re.MULTILINE):
+        text += _find(included, search_paths, f" (included by {file})").read_text()
     try:
         gin.parse_config_file(os.fspath(path))
-    except (ValueError, SyntaxError, ImportError) as e:
+    except (ValueError, SyntaxError, ImportError, OSError) as e:
         raise UsageError(f"{file}: {_first_lines(e)}") from e
+    return set(re.findall(r"%([A-Za-z_]\w*)", text))
 
 
 def _find(file: str, search_paths: Sequence[str], included_by: str = "") -> epath.Path:
@@ -79,8 +87,7 @@ def _find(file: str, search_paths: Sequence[str], included_by: str = "") -> epat
         path = epath.Path(folder) / file
         if path.is_file():
             return path
-    folder = _CHECKOUT / "gin_configs"
-    known = [str(p.relative_to(_CHECKOUT)) for p in folder.rglob("*.gin")]
+    known = [str(p.relative_to(_CHECKOUT)) for p in (_CHECKOUT / "gin_configs").rglob("*.gin")]
     raise UsageError(f"gin file {file!r}{included_by} is not there; {nearest(file, known)}")
 
 
@@ -90,11 +97,10 @@ def _parse_binding(binding: str) -> None:
     except (ValueError, SyntaxError, ImportError) as e:
         name, _, value = (part.strip() for part in binding.partition("="))
         if isinstance(e, SyntaxError) or "malformed node" in str(e):
-            quoted = f"--gin.{name}=\"'{value}'\""
-            raise UsageError(
-                f"--gin.{name}={value} is no Python value; a string needs quotes of its own: "
-                f"{quoted}"
-            ) from e
+            message = f"--gin.{name}={value} is no Python value"
+            if value and value[0] not in "'\"([{":
+                message += f"; a string needs quotes of its own: --gin.{name}=\"'{value}'\""
+            raise UsageError(message) from e
         raise UsageError(f"--gin.{name}={value}: {_first_lines(e)}") from e
 
 
@@ -105,9 +111,9 @@ def _first_lines(error: Exception) -> str:
     place = next((line.strip() for line in lines[1:] if " line " in line), None)
     if match := re.search(r"No configurable matching '([^']+)'", message):
         message += f"; {nearest(match[1].split('.')[-1], _CONFIGURABLES)}"
-    elif match := re.search(r"Configurable '([^']+)' doesn't have a parameter named '(.+)'", message):
-        cls = _CONFIGURABLES[match[1].split(".")[-1]]
-        message += f"; {nearest(match[2], cls.__dataclass_fields__)}"
+    elif match := re.search(r"'([^']+)' doesn't have a parameter named '(.+)'", message):
+        cls = _CONFIGURABLES.get(match[1].split(".")[-1])
+        message += f"; {nearest(match[2], cls.__dataclass_fields__)}" if cls else ""
     return f"{message} ({place})" if place and "bindings string" not in place else message
 
 
@@ -134,17 +140,19 @@ def _check_nothing_is_taken_back(file: str, given_in: dict[str, str]) -> None:
             )
 
 
-def _check_macros(given_in: dict[str, str]) -> None:
-    """Refuses macros that nothing uses (a typing error, most likely) or that are still missing."""
+def _check_macros(given_in: dict[str, str], mentioned: set[str]) -> None:
+    """Refuses macros that no file mentions (a typing error, most likely) or that are missing still.
+
+    A macro that a file mentions may be out of use: --gin.T5Config.dropout_rate=0.1 replaces
+    %DROPOUT_RATE.
+    """
     macros = _macros()
-    used = set()
-    for parameters in gin.config._CONFIG.values():
-        for value in parameters.values():
-            used |= set(re.findall(r"%([A-Za-z_][\w.]*)", repr(value)))
+    references = gin.config.iterate_references(gin.config._CONFIG)
+    used = {"/".join(r.scopes) for r in references if r.configurable.selector == _MACRO}
     for name in macros:
-        if name not in used:
+        if name not in used | mentioned:
             where = f" (in {given_in[name]})" if name in given_in else ""
-            raise UsageError(f"{name}{where} matches nothing; {nearest(name, used - {name})}")
+            raise UsageError(f"{name}{where} matches nothing; {nearest(name, used | mentioned)}")
     missing = sorted(name for name in used & set(macros) if repr(macros[name]) == _REQUIRED)
     missing += sorted(used - set(macros) - {"gin.REQUIRED"})
     if missing:
@@ -159,11 +167,31 @@ def _make(cls: type) -> Any:
     except UsageError as e:
         raise UsageError(str(e).splitlines()[0]) from e
     except TypeError as e:
-        missing = re.findall(r"'(\w+)'", str(e).splitlines()[0])
+        message = str(e).splitlines()[0]
+        name = next(iter(re.findall(r"In call to configurable '(\w+)'", str(e))), name)
+        if " missing " not in message:
+            raise UsageError(f"a value bound for {name} has the wrong type: {message}") from e
+        missing = [f"{name}.{field}" for field in re.findall(r"'(\w+)'", message)]
         raise UsageError(
-            f"no gin file binds {', '.join(f'{name}.{field}' for field in missing)}: add a run "
-            "file, --gin_file=gin_configs/runs/pretrain.gin"
+            f"no gin file binds {', '.join(missing)}: add a run file, "
+            "--gin_file=gin_configs/runs/pretrain.gin"
         ) from e
+
+
+def _check_types(config: Any) -> None:
+    """Refuses a value that is not what its field is declared as: gin passes on anything."""
+    cls = type(config)
+    for name, hint in typing.get_type_hints(cls).items():
+        value = getattr(config, name)
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        allowed = [typing.get_origin(option) or option for option in options]
+        if float in allowed:
+            allowed.append(int)
+        if not isinstance(value, tuple(allowed)):
+            expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+            raise UsageError(f"{cls.__name__}.{name} = {value!r}: must be {expected}")
+        if dataclasses.is_dataclass(value):
+            _check_types(value)
 
 
 def split_gin_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:

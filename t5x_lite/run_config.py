@@ -5,7 +5,7 @@ the step can compile, while those load.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_lite.errors import UsageError
@@ -132,9 +132,18 @@ class TrainConfig:
             optional = macro in ("EVAL_STEPS", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY")
             if not (value is None and optional) and not _is_count(value, least):
                 raise UsageError(f"{macro} = {value!r}: must be an integer of at least {least}")
+        if self.mesh is not None and not (
+            isinstance(self.mesh, Mapping) and all(_is_count(n) for n in self.mesh.values())
+        ):
+            raise UsageError(
+                f"MESH = {self.mesh!r}: give devices for each axis, like {{'data': 4, 'model': 2}}"
+            )
         steps = self.profile_steps
         if steps is not None and not (
-            len(steps) == 2 and all(_is_count(s) for s in steps) and steps[0] <= steps[1]
+            isinstance(steps, Sequence)
+            and len(steps) == 2
+            and all(_is_count(s) for s in steps)
+            and steps[0] <= steps[1]
         ):
             raise UsageError(
                 f"PROFILE_STEPS = {steps!r}: give the first and the last step, like (10, 12)"
@@ -197,7 +206,7 @@ def check_same_run(saved: TrainConfig, config: TrainConfig) -> None:
 
 
 def _flatten(config: Any) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

@@ -1,8 +1,13 @@
 """What a run needs before its first step: programs compiled while the data is being opened."""
 
 import functools
-from collections.abc import Callable
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,11 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5x_lite import optimizers, partitioning, step
+from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.run_config import TrainConfig
 
 if TYPE_CHECKING:
     from t5x_lite import data
+
+# What TensorFlow's and CUDA's libraries say of themselves while they load, at any log level.
+_NATIVE_NOTE = re.compile(
+    rb"WARNING: All log messages before absl::InitializeLog|I0000 00:00:|E0000 00:00:.* cuInit"
+)
 
 
 class Input(NamedTuple):
@@ -56,7 +67,8 @@ class Programs(NamedTuple):
 
 def open_input(config: TrainConfig) -> Input:
     """Opens the data; raises UsageError for whatever is wrong with it."""
-    from t5x_lite import data  # seconds of TensorFlow
+    with without_native_notes():
+        from t5x_lite import data  # seconds of TensorFlow
 
     data.configure(config.data)
     provider = data.check(config.data, config.model.vocab_size)
@@ -69,21 +81,32 @@ def open_input(config: TrainConfig) -> Input:
     )
 
 
+def make_mesh(config: TrainConfig) -> Mesh:
+    """The mesh over all devices.
+
+    Raises:
+      UsageError: the devices do not make the mesh, or the batch does not divide over it.
+    """
+    mesh = partitioning.make_mesh(config.mesh)
+    config.check_batch_divides(mesh.shape["data"])
+    return mesh
+
+
 def make_programs(config: TrainConfig, *, compile_train_step: bool = True) -> Programs:
     """Derives every sharding from the logical axes and builds the jitted functions.
 
     Raises:
       UsageError: a parameter or the batch does not divide over the mesh.
     """
-    mesh = partitioning.make_mesh(config.mesh)
+    mesh = make_mesh(config)
     num_data_shards = mesh.shape["data"]
-    config.check_batch_divides(num_data_shards)
     axes = t5.logical_axes(config.model)
     optimizer = optimizers.make_optimizer(config.optimizer, axes)
     init = functools.partial(step.init_state, config.model, optimizer)
     shapes = jax.eval_shape(init, jax.random.key(0))
     opt_axes = optimizers.optimizer_state_axes(shapes.opt_state, axes)
-    state_axes = step.TrainState((), axes, opt_axes)
+    scalar: Any = ()
+    state_axes = step.TrainState(scalar, axes, opt_axes)
     partitioning.check_divisible(shapes, state_axes, mesh)
     shardings = partitioning.shardings(mesh, state_axes)
     abstract_state = jax.tree.map(
@@ -124,12 +147,33 @@ def make_programs(config: TrainConfig, *, compile_train_step: bool = True) -> Pr
     )
 
 
-def prepare(config: TrainConfig) -> tuple[Input, Programs]:
-    """Opens the data in one thread while this one compiles: both take seconds."""
+@contextmanager
+def opening_input(config: TrainConfig) -> Iterator[Future[Input]]:
+    """Opens the data in a thread while the caller compiles: both take seconds."""
     with ThreadPoolExecutor(1) as pool:
-        opened: Future[Input] = pool.submit(open_input, config)
-        programs = make_programs(config)
-        return opened.result(), programs
+        yield pool.submit(open_input, config)
+
+
+@contextmanager
+def without_native_notes() -> Iterator[None]:
+    """Keeps what native libraries say of themselves while they load off stderr.
+
+    Whatever else is written there meanwhile appears at the end.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not _NATIVE_NOTE.match(line):
+                    os.write(2, line)
 
 
 def _batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -142,6 +186,12 @@ def _batch_shapes(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
         names["inputs"] += ["encoder_segment_ids", "encoder_positions"]
         names["targets"] += ["decoder_segment_ids", "decoder_positions"]
     lengths = config.data.task_feature_lengths
+    for feature in names:
+        if feature not in lengths:
+            raise UsageError(
+                f"TASK_FEATURE_LENGTHS = {dict(lengths)!r} has no length for {feature!r}; an "
+                "encoder-decoder needs inputs and targets"
+            )
     return {
         name: jax.ShapeDtypeStruct((config.data.batch_size, lengths[feature]), jnp.int32)
         for feature, group in names.items()

@@ -5,8 +5,9 @@ What a run leaves in MODEL_DIR is described in docs/model_dir.md.
 
 import json
 import math
+import os
+import pathlib
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -15,11 +16,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from t5x_lite import evaluate, files, partitioning, report, setup
-from t5x_lite.checkpoints import Checkpoints, restore_params
+from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
 from t5x_lite.errors import UsageError
 from t5x_lite.metrics import MetricWriter, read_metrics, summarize
 from t5x_lite.models import t5
@@ -56,40 +58,34 @@ def train(config: TrainConfig, config_text: str) -> None:
       CheckpointError: there are checkpoints, none of them intact.
     """
     model_dir = epath.Path(config.model_dir)
+    _check_writable(config.model_dir)
+    setup.make_mesh(config)  # what can be refused at once is
     checkpoints = Checkpoints(
         (model_dir / "checkpoints").resolve(),
         keep=config.checkpoint_keep,
         keep_every=config.checkpoint_keep_every,
     )
+    key = jax.random.key(config.random_seed)
     with _stop_on_signal() as stop:
-        data, programs = setup.prepare(config)
-        _write_run_files(model_dir, config, config_text, data)
-
-        # Precedence: the newest intact checkpoint of this run, else the parameters of
-        # INITIAL_CHECKPOINT_PATH, else T5's initialisers.
-        restored = checkpoints.restore_latest(programs.abstract_state)
-        key = jax.random.key(config.random_seed)
+        with setup.opening_input(config) as opened:
+            programs = setup.make_programs(config)
+            state, restored = _first_state(config, programs, checkpoints, key)
+            data = opened.result()
+        start = 0
         if restored is not None:
-            for line in restored.skipped:
-                print(line, file=sys.stderr)
-            print(f"resuming after step {restored.step} of {config.train_steps}", flush=True)
-            state = restored.state
+            start = restored.step
             if restored.input_state is None:
-                raise UsageError(f"the checkpoint of step {restored.step} has no input position")
+                raise UsageError(f"the checkpoint of step {start} has no input position")
             data.train.restore(restored.input_state)
-        else:
-            state = programs.init(jax.random.fold_in(key, 0))
-            if config.initial_checkpoint_path is not None:
-                initial = restore_params(
-                    config.initial_checkpoint_path, programs.abstract_state.params
-                )
-                state = state._replace(params=initial.state)
+            if start >= config.train_steps and _is_finished(model_dir, config, start):
+                print(f"the run is complete: step {start} of {config.train_steps}")
+                _print_places(model_dir)
+                return
+            print(f"resuming after step {start} of {config.train_steps}", flush=True)
+        if stop.is_set():
+            raise Interrupted("stopped before the first step; nothing was written")
 
-        start = 0 if restored is None else restored.step
-        if start >= config.train_steps:
-            print(f"the run is complete: step {start} of {config.train_steps}")
-            _print_places(model_dir)
-            return
+        _write_run_files(model_dir, config, config_text, data)
         writer = MetricWriter(model_dir)
         writer.drop_after(start)
         run = _Run(config, data, programs, checkpoints, writer, stop)
@@ -99,6 +95,24 @@ def train(config: TrainConfig, config_text: str) -> None:
             writer.close()
             checkpoints.close()
     _finish(model_dir, config, data, state)
+
+
+def _first_state(
+    config: TrainConfig, programs: setup.Programs, checkpoints: Checkpoints, key: jax.Array
+) -> tuple[TrainState, Restored | None]:
+    """Where the run starts, and the checkpoint if it is one of its own.
+
+    Precedence: the newest intact checkpoint of this run, else the parameters of
+    INITIAL_CHECKPOINT_PATH, else T5's initialisers.
+    """
+    restored = checkpoints.restore_latest(programs.abstract_state)
+    if restored is not None:
+        return restored.state, restored
+    state = programs.init(jax.random.fold_in(key, 0))
+    if config.initial_checkpoint_path is not None:
+        initial = restore_params(config.initial_checkpoint_path, programs.abstract_state.params)
+        state = state._replace(params=initial.state)
+    return state, None
 
 
 class _Run(NamedTuple):
@@ -118,30 +132,38 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
     first_profiled, last_profiled = config.profile_steps or (0, 0)
     with Progress(config.train_steps, start) as progress:
         follower = _Follower(run, progress)
-        saved = start
+        if start and _is_evaluated_after(config, start) and not _has_evaluation(run, start):
+            _evaluate(run, progress, start, state)  # killed between the checkpoint and this
+        saved, profiling = start, False
         for step in range(start + 1, config.train_steps + 1):
-            if step == first_profiled:
+            if first_profiled <= step <= last_profiled and not profiling:
                 jax.profiler.start_trace(str(epath.Path(config.model_dir) / "tensorboard"))
+                profiling = True
             batch = next(run.data.train)
             rows = partitioning.shard_batch(batch, programs.mesh)
             state, scalars = programs.train_step(state, rows, key)
             follower.add(step, batch, scalars)
-            if step == last_profiled:
+
+            stopping = run.stop.is_set()  # asked once, or a signal could fall between
+            last = stopping or step == config.train_steps
+            if profiling and (last or step == last_profiled):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-
-            last = step == config.train_steps or run.stop.is_set()
+                profiling = False
             if last or step % config.checkpoint_period == 0:
                 follower.catch_up()  # nothing is saved after a loss that is no number
+                if not _all_finite(state):
+                    problem = "the parameters are not finite after the update"
+                    raise NonFiniteLossError(_describe_batch(run, step, batch, problem))
                 run.writer.flush()
                 run.checkpoints.save(step, state, run.data.train.position())
                 saved = step
-            if step == config.train_steps or (
-                config.eval_period and step % config.eval_period == 0
-            ):
+            if _is_evaluated_after(config, step):
                 follower.catch_up()
+                began = time.monotonic()
                 _evaluate(run, progress, step, state)
-            if run.stop.is_set():
+                follower.leave_out(time.monotonic() - began)
+            if stopping:
                 break
         run.checkpoints.wait()
         if saved < config.train_steps:
@@ -150,6 +172,16 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
                 "command goes on from there"
             )
     return state
+
+
+def _is_evaluated_after(config: TrainConfig, step: int) -> bool:
+    period = config.eval_period
+    return step == config.train_steps or (period > 0 and step % period == 0)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 class _Follower:
@@ -172,11 +204,16 @@ class _Follower:
         while self._behind:
             self._read(*self._behind.popleft())
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that the rates are not to contain."""
+        self._since += seconds
+
     def _read(self, step: int, batch: Any, scalars: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         for name in ("loss_sum", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise NonFiniteLossError(_describe_batch(self._run, step, batch, name, values))
+                problem = f"{name} is {values[name]}"
+                raise NonFiniteLossError(_describe_batch(self._run, step, batch, problem))
         self._tokens += values["num_tokens"]
         self._steps += 1
         self._progress.update(step)
@@ -208,7 +245,12 @@ def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> No
     )
 
 
-def _describe_batch(run: _Run, step: int, batch: Any, name: str, values: dict[str, float]) -> str:
+def _has_evaluation(run: _Run, step: int) -> bool:
+    path = epath.Path(run.config.model_dir) / "metrics" / f"{run.config.data.eval_split}.jsonl"
+    return path.exists() and any(record["step"] == step for record in read_metrics(path))
+
+
+def _describe_batch(run: _Run, step: int, batch: Any, problem: str) -> str:
     from t5x_lite import data
 
     task = run.config.data.mixture_or_task_name
@@ -219,7 +261,7 @@ def _describe_batch(run: _Run, step: int, batch: Any, name: str, values: dict[st
     text = data.decode(vocabulary, batch["decoder_target_tokens"][0])[:60]
     kept = run.checkpoints.steps()
     return (
-        f"step {step}: {name} is {values[name]}; batch {step} of {task} (seed "
+        f"step {step}: {problem}; batch {step} of {task} (seed "
         f"{run.config.random_seed}, first target {text!r}) is kept in {path}; "
         f"checkpoints end at step {kept[-1] if kept else 'none'}"
     )
@@ -228,10 +270,26 @@ def _describe_batch(run: _Run, step: int, batch: Any, name: str, values: dict[st
 # ---- before and after the loop -------------------------------------------------------------------
 
 
+def _check_writable(model_dir: str) -> None:
+    """Raises UsageError if MODEL_DIR cannot be written or made; writes nothing."""
+    if not files.is_local(model_dir):
+        return
+    path = pathlib.Path(model_dir).absolute()
+    while not path.exists():
+        path = path.parent
+    problem = None
+    if not path.is_dir():
+        problem = f"{path} is not a directory"
+    elif not os.access(path, os.W_OK | os.X_OK):
+        problem = f"no permission to write in {path}"
+    if problem:
+        raise UsageError(f"MODEL_DIR = {model_dir!r} cannot be written: {problem}")
+
+
 def _write_run_files(
     model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input
 ) -> None:
-    """Writes config.gin and model.json, as the first thing that a run leaves."""
+    """Writes config.gin and model.json, before anything else of a run."""
     from t5x_lite.data import vocabulary_description
 
     description = {
@@ -249,6 +307,18 @@ def _write_run_files(
         raise UsageError(f"MODEL_DIR = {str(model_dir)!r} cannot be written: {e.strerror}") from e
 
 
+def _is_finished(model_dir: epath.Path, config: TrainConfig, step: int) -> bool:
+    """True if `_finish` has come to its end; a run can be killed after its last checkpoint."""
+    last = [model_dir / "report.html"]
+    if config.num_sample_predictions:
+        last.append(_inference_path(model_dir, config, step))
+    return all(path.exists() for path in last)
+
+
+def _inference_path(model_dir: epath.Path, config: TrainConfig, step: int) -> epath.Path:
+    return model_dir / "inference" / f"{config.data.mixture_or_task_name}-{step}.jsonl"
+
+
 def _finish(
     model_dir: epath.Path, config: TrainConfig, data: setup.Input, state: TrainState
 ) -> None:
@@ -264,8 +334,7 @@ def _finish(
     predictions = _sample_predictions(config, data, state)
     if predictions:
         lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        name = f"{config.data.mixture_or_task_name}-{int(state.step)}.jsonl"
-        files.write_atomically(model_dir / "inference" / name, lines.encode())
+        files.write_atomically(_inference_path(model_dir, config, int(state.step)), lines.encode())
     report.write_report(model_dir)
 
     print(f"\nthe run is complete: step {int(state.step)} of {config.train_steps}")

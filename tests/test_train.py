@@ -1,0 +1,283 @@
+"""Runs through the command line: what they leave, and that they go on as if never interrupted."""
+
+import json
+import math
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import (
+    SMALL,
+    arrays,
+    assert_same_state,
+    content,
+    flip_a_bit,
+    largest_file,
+    metric_lines,
+    steps,
+    train_argv,
+)
+
+from t5x_lite import evaluate, gin_utils, setup, train
+from t5x_lite.__main__ import main
+from t5x_lite.metrics import MetricWriter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_unigrams():
+    """The baseline of fewer examples: seconds less in each run."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "_UNIGRAM_EXAMPLES", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The MODEL_DIR of a run that nothing interrupted."""
+    model_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert main(train_argv(model_dir)) == 0
+    return model_dir
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def flags_of_copy(model_dir, **bindings):
+    return train_argv(model_dir, bindings)
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_house_plan_says(whole):
+    assert steps(whole) == [2, 4, 6]
+    train_lines = [json.loads(x) for x in (whole / "metrics/train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in train_lines] == [1, 2, 3, 4, 5, 6]
+    expected = {
+        *("step", "loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "num_tokens"),
+        *("seconds_per_step", "target_tokens_per_second", "unix_time"),
+    }
+    assert all(set(line) == expected for line in train_lines)
+    # An untrained model knows nothing: the loss of a uniform guess over 4096 ids.
+    assert train_lines[0]["loss"] == pytest.approx(math.log(4096), rel=0.15)
+    evaluations = metric_lines(whole, "validation")
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert {"loss", "text_loss", "accuracy", "num_tokens"} <= set(evaluations[0])
+    assert len(list((whole / "tensorboard").glob("*/events*"))) == 2
+    assert json.loads((whole / "metrics/baselines.json").read_text())["unigram_loss"] > 0
+    predictions = whole / "inference/python_docs_span_corruption-6.jsonl"
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(set(line) == {"inputs", "targets", "prediction"} for line in lines)
+    assert all("<extra_id_0>" in line["inputs"] and line["targets"] for line in lines)
+    assert "<svg" in (whole / "report.html").read_text()
+
+
+def test_model_json_describes_the_model(whole):
+    described = json.loads((whole / "model.json").read_text())
+    sizes = {k.partition(".")[2]: v for k, v in SMALL.items() if k.startswith("T5Config.")}
+    assert sizes.items() <= described["architecture"].items()
+    assert described["feature_lengths"] == SMALL["TASK_FEATURE_LENGTHS"]
+    assert described["vocabulary"]["size"] == 4096
+    saved = [np.frombuffer(data, dtype) for dtype, data in arrays(whole, 6, "params").values()]
+    assert described["num_parameters"] == sum(array.size for array in saved)
+
+
+def test_config_gin_makes_the_same_run(whole, tmp_path):
+    config, _ = gin_utils.load_train_config(
+        [arg.partition("=")[2] for arg in train_argv(whole) if arg.startswith("--gin_file")],
+        gin_utils.split_gin_flags(train_argv(whole))[0],
+    )
+    assert gin_utils.read_saved(whole / "config.gin") == config
+    again = tmp_path / "again"
+    flags = [f"--gin_file={whole / 'config.gin'}", f"--gin.MODEL_DIR={str(again)!r}"]
+    assert main(["train", *flags, "--gin.TRAIN_STEPS=3"]) == 0
+    assert metric_lines(again, "train") == metric_lines(whole, "train")[:3]
+
+
+# ---- interrupted and resumed ---------------------------------------------------------------------
+
+
+class PowerCut(Exception):
+    pass
+
+
+def test_a_crashed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, monkeypatch):
+    """It crashes in the evaluation after step 3, with the checkpoint of step 2."""
+    bindings = {"CHECKPOINT_KEEP": 1, "CHECKPOINT_KEEP_EVERY": 4}
+    argv = train_argv(tmp_path / "run", bindings)
+    with monkeypatch.context() as m:
+
+        def crash(*unused):
+            raise PowerCut
+
+        m.setattr(evaluate, "evaluate_loss", crash)
+        with pytest.raises(PowerCut):
+            main(argv)
+    assert steps(tmp_path / "run") == [2]
+    logged = metric_lines(tmp_path / "run", "train")
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    # A line that the resumed run must not keep.
+    writer = MetricWriter(tmp_path / "run")
+    writer.write("train", 3, {"loss": 123.0})
+    writer.write("train", 5, {"loss": 123.0})
+
+    assert main(argv) == 0
+
+    assert_same_state(whole, tmp_path / "run", 6)
+    for name in ("train", "validation"):
+        assert metric_lines(tmp_path / "run", name) == metric_lines(whole, name)
+    # Of 2, 4 and 6 the newest one is kept, and every fourth.
+    assert steps(tmp_path / "run") == [4, 6]
+
+
+def test_the_same_command_on_a_complete_run_changes_nothing(copy, capsys):
+    before = content(copy)
+    assert main(train_argv(copy)) == 0
+    assert "the run is complete: step 6 of 6" in capsys.readouterr().out
+    assert content(copy) == before
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished(whole, copy):
+    """Its evaluation, its predictions and its report are made up for."""
+    left = ["report.html", "inference/python_docs_span_corruption-6.jsonl"]
+    for name in left:
+        (copy / name).unlink()
+    lines = (copy / "metrics/validation.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics/validation.jsonl").write_text("".join(lines[:-1]))
+
+    assert main(train_argv(copy)) == 0
+
+    assert (copy / left[0]).exists()
+    assert (copy / left[1]).read_text() == (whole / left[1]).read_text()
+    assert metric_lines(copy, "validation") == metric_lines(whole, "validation")
+    assert steps(copy) == [2, 4, 6]
+
+
+def test_a_flipped_bit_costs_one_checkpoint(whole, copy, caplog):
+    damaged = largest_file(copy / "checkpoints/6/optimizer")
+    flip_a_bit(damaged)
+    harmed = damaged.read_bytes()
+
+    assert main(train_argv(copy)) == 0
+
+    [line] = [m for m in caplog.messages if "skipped" in m]
+    assert "step 6" in line and damaged.name in line
+    assert_same_state(whole, copy, 6)
+    for name in ("train", "validation"):
+        assert metric_lines(copy, name) == metric_lines(whole, name)
+    # Nothing is deleted: the damaged step stands beside the one written again.
+    aside = copy / "checkpoints/6.damaged-1"
+    assert (aside / damaged.relative_to(copy / "checkpoints/6")).read_bytes() == harmed
+    assert steps(copy) == [2, 4, 6]
+
+
+def test_a_signal_while_a_step_is_saved_loses_nothing(tmp_path, monkeypatch, capsys, whole):
+    """It arrives after the loop has decided about this step: the next one is saved."""
+    save = train.Checkpoints.save
+
+    def interrupted_save(self, step, *rest):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        save(self, step, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(train.Checkpoints, "save", interrupted_save)
+        assert main(train_argv(tmp_path / "run")) == 143
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("t5x_lite: stopped after step 3 of 6")
+    assert steps(tmp_path / "run") == [2, 3]
+    assert metric_lines(tmp_path / "run", "validation") == metric_lines(whole, "validation")[:1]
+
+    assert main(train_argv(tmp_path / "run")) == 0
+    assert_same_state(whole, tmp_path / "run", 6)
+
+
+def test_what_may_change_between_starts(copy):
+    """The number of steps, periods and logging; a profile from the middle of its steps on."""
+    changed = {"TRAIN_STEPS": 7, "LOG_PERIOD": 100, "EVAL_PERIOD": 0, "PROFILE_STEPS": (5, 9)}
+    assert main(train_argv(copy, changed)) == 0
+    assert [line["step"] for line in metric_lines(copy, "train")] == [1, 2, 3, 4, 5, 6, 7]
+    assert gin_utils.read_saved(copy / "config.gin").train_steps == 7
+    assert list((copy / "tensorboard").rglob("*.xplane.pb"))
+
+
+# ---- numbers that are none -----------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_saved(copy, monkeypatch, capsys):
+    make_programs = setup.make_programs
+
+    def poisoned(config):
+        programs = make_programs(config)
+
+        def train_step(state, batch, key):
+            state, scalars = programs.train_step(state, batch, key)
+            if int(state.step) == 8:
+                scalars = scalars | {"loss_sum": jnp.float32("nan")}
+            return state, scalars
+
+        return programs._replace(train_step=train_step)
+
+    monkeypatch.setattr(setup, "make_programs", poisoned)
+    before = content(copy / "checkpoints")
+
+    assert main(train_argv(copy, {"TRAIN_STEPS": 12})) == 1
+
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_lite: step 8: loss_sum is nan; batch 8 of python_docs")
+    assert content(copy / "checkpoints") == before
+    [kept] = copy.glob("non_finite_batch_8.npz")
+    assert np.load(kept)["decoder_target_tokens"].shape == (4, 16)
+    assert all(np.isfinite(x["loss"]) for x in metric_lines(copy, "train"))
+
+
+def test_parameters_that_overflow_are_not_saved(tmp_path, capsys):
+    """The loss of the step that ruins them is finite still."""
+    bindings = {"CHECKPOINT_PERIOD": 1, "OptimizerConfig.learning_rate": 1e42}
+    assert main(train_argv(tmp_path / "run", bindings)) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5x_lite: step 1: the parameters are not finite after the update;")
+    assert not (tmp_path / "run/checkpoints").exists() or not steps(tmp_path / "run")
+
+
+# ---- other ways to start -------------------------------------------------------------------------
+
+
+def test_initial_checkpoint_gives_the_parameters_of_another_run(whole, tmp_path):
+    """At a rate that changes no float32, one step leaves them as they were."""
+    bindings = {
+        "INITIAL_CHECKPOINT_PATH": str(whole),
+        "TRAIN_STEPS": 1,
+        "OptimizerConfig.name": "adamw",
+        "OptimizerConfig.learning_rate": 1e-30,
+    }
+    assert main(train_argv(tmp_path / "run", bindings)) == 0
+    assert steps(tmp_path / "run") == [1]
+    assert arrays(tmp_path / "run", 1, "params") == arrays(whole, 6, "params")
+
+
+def test_microbatches_give_the_same_losses(tmp_path):
+    losses = {}
+    for count in (1, 4):
+        model_dir = tmp_path / str(count)
+        bindings = {"NUM_MICROBATCHES": count, "DROPOUT_RATE": 0.0, "TRAIN_STEPS": 3}
+        assert main(train_argv(model_dir, bindings)) == 0
+        losses[count] = [line["loss"] for line in metric_lines(model_dir, "train")]
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
+
+
+def test_dry_run_shows_all_and_leaves_nothing(tmp_path, capsys):
+    assert main([*train_argv(tmp_path / "run"), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("embed", "4096x32", "vocab", "bytes per device", "decoder_target_tokens"):
+        assert text in shown
+    assert "int32 (4, 32)" in shown and "int32 (4, 16)" in shown
+    assert f"mesh {{'data': {len(jax.devices())}, 'model': 1}}" in shown
+    assert not (tmp_path / "run").exists()
