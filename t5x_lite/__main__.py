@@ -243,7 +243,9 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FEATURE=N,...",
         help="tokens of each feature (default: %(default)s)",
     )
-    parser.add_argument("--vocabulary_file", help="a SentencePiece model, or bytes; T5's by default")
+    parser.add_argument(
+        "--vocabulary_file", help="a SentencePiece model, or bytes; T5's by default"
+    )
     parser.add_argument("--module", help="a module on PYTHONPATH to import first")
     parser.add_argument("--tfds_data_dir", help="where TFDS finds prepared data sets")
     parser.add_argument("--text_files_pattern", help="files for the tasks text_files_*")

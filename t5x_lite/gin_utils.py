@@ -28,10 +28,11 @@ _CONFIGURABLES = {
     cls.__name__: gin.external_configurable(cls, module="t5x_lite")
     for cls in (T5Config, OptimizerConfig, LossConfig, DataConfig, TrainConfig)
 }
-# Gin reads files itself only from the local file system; epath adds object stores.
-gin.config.register_file_reader(
-    lambda path: epath.Path(path).open(), lambda path: "://" in path and epath.Path(path).exists()
-)
+# Gin's own readers know no object store, and look for includes in Python packages, where they fall
+# over any directory that is called as the file's.
+gin.config._FILE_READERS[:] = [
+    (lambda path: epath.Path(path).open(), lambda path: epath.Path(path).is_file())
+]
 
 
 def load_train_config(
@@ -53,8 +54,7 @@ def load_train_config(
     """
     gin.clear_config()
     search_paths = [*search_paths, str(_CHECKOUT)]
-    for path in search_paths:
-        gin.add_config_file_search_path(path)
+    gin.config._LOCATION_PREFIXES[:] = ["", *search_paths]
     given_in: dict[str, str] = {}
     mentioned: set[str] = set()
     for file in files:
@@ -82,7 +82,7 @@ def _parse_file(file: str, search_paths: Sequence[str]) -> set[str]:
 
 
 def _find(file: str, search_paths: Sequence[str], included_by: str = "") -> epath.Path:
-    """Gin's own message for a file that is not there is a traceback from its package loader."""
+    """Where a file is, looked for as gin does."""
     for folder in ("", *search_paths):
         path = epath.Path(folder) / file
         if path.is_file():

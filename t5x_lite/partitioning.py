@@ -150,4 +150,5 @@ def describe(abstract_state: Any, axes_tree: Any) -> list[str]:
 
 
 def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(e, str | None) for e in x)
+    # Not a NamedTuple: an optimizer's state without arrays is an empty one.
+    return type(x) is tuple and all(isinstance(e, str | None) for e in x)

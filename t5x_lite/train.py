@@ -237,7 +237,7 @@ def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> No
         run.data.text_ids_V,
         run.programs.mesh,
     )
-    split = run.config.data.eval_split
+    split = _eval_name(run.config)
     run.writer.write(split, step, values)
     progress.message(
         f"step {step}  {split} loss {values['loss']:.4f}  text {values['text_loss']:.4f}  "
@@ -245,8 +245,14 @@ def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> No
     )
 
 
+def _eval_name(config: TrainConfig) -> str:
+    """The evaluation's series of metrics; "train" is that of the training itself."""
+    split = config.data.eval_split
+    return "train_split" if split == "train" else split
+
+
 def _has_evaluation(run: _Run, step: int) -> bool:
-    path = epath.Path(run.config.model_dir) / "metrics" / f"{run.config.data.eval_split}.jsonl"
+    path = epath.Path(run.config.model_dir) / "metrics" / f"{_eval_name(run.config)}.jsonl"
     return path.exists() and any(record["step"] == step for record in read_metrics(path))
 
 
@@ -341,7 +347,7 @@ def _finish(
     for prediction in predictions:
         for field in ("inputs", "targets", "prediction"):
             print(f"{'' if field != 'inputs' else chr(10)}  {field:10}  {prediction[field][:300]}")
-    split = config.data.eval_split
+    split = _eval_name(config)
     found = read_metrics(model_dir / "metrics" / f"{split}.jsonl")[-1]["text_loss"]
     print(
         f"\n{split} loss over text tokens {found:.3f} nats; a unigram model of the same tokens "
@@ -407,6 +413,8 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
       UsageError: as `train` would.
     """
+    _check_writable(config.model_dir)
+    setup.make_mesh(config)
     programs = setup.make_programs(config, compile_train_step=False)
     data = setup.open_input(config)
     batch = next(data.train)

@@ -268,6 +268,8 @@ def train_sentencepiece(
     except RuntimeError as e:
         # "Internal: ...trainer_interface.cc(N) [condition] Explanation."
         reason = str(e).rpartition("] ")[2].strip() or "there is not enough text"
+        if match := re.search(r"value <= (\d+)", reason):
+            reason = f"the text has enough for {int(match[1]) + num_sentinels} at most"
         raise UsageError(
             f"no vocabulary of {vocab_size} ({num_pieces} pieces and {num_sentinels} sentinels) "
             f"can be trained: {reason}"

@@ -204,7 +204,7 @@ def test_another_process_gives_the_same_batches_from_the_start_and_from_a_positi
             batch_size=64,
         ),
     ]
-    runs, expected, count = [], [], 25
+    runs, expected, count = [], [], 15
     for i, config in enumerate(configs):
         batches = open_train(config, seed=3)
         started = digests(batches, count)

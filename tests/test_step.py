@@ -42,6 +42,13 @@ def make_step(model, optimizer_config, loss_config=None, num_data_shards=1):
     return jax.jit(bound), optimizer
 
 
+@functools.cache
+def init_state(model, optimizer_config):
+    """A fresh state from a fixed key."""
+    optimizer = optimizers.make_optimizer(optimizer_config, t5.logical_axes(model))
+    return jax.jit(functools.partial(step.init_state, model, optimizer))(jax.random.key(0))
+
+
 def relative_l2(a, b) -> float:
     """The distance of two trees as a share of the second's norm."""
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b))
@@ -70,7 +77,6 @@ def flatten(params) -> dict:
 def test_twenty_steps_equal_t5x(shared_data, schedule, base, warmup, packing, scan_layers):
     directory = shared_data / "checkpoints" / "t5x" / "t5x_training_trajectory"
     facts = json.loads((directory / "trajectory.json").read_text())
-    (directory / "config.json").exists()
     shape = facts["hyperparameters"]["config"]
     model = T5Config(
         vocab_size=shape["vocab_size"],
@@ -147,9 +153,9 @@ def test_accumulation_equals_the_whole_batch(num_microbatches):
     config = optimizers.OptimizerConfig(
         name="adamw", schedule="constant", learning_rate=1e-3, clip_global_norm=0.5
     )
-    whole, optimizer = make_step(model, config)
+    whole, _ = make_step(model, config)
     cut, _ = make_step(model, config, step.LossConfig(num_microbatches=num_microbatches))
-    start = step.init_state(model, optimizer, jax.random.key(0))
+    start = init_state(model, config)
     batch, key = random_batch(0), jax.random.key(1)
     per_row = (batch["decoder_target_tokens"] > 0).sum(1)
     per_microbatch = [per_row[i::num_microbatches].sum() for i in range(num_microbatches)]
@@ -163,8 +169,9 @@ def test_accumulation_equals_the_whole_batch(num_microbatches):
 
 def test_padding_changes_no_loss_and_no_update():
     model = dataclasses.replace(TINY, dropout_rate=0.0)
-    train_step, optimizer = make_step(model, optimizers.OptimizerConfig(learning_rate=0.1))
-    start = step.init_state(model, optimizer, jax.random.key(0))
+    config = optimizers.OptimizerConfig(learning_rate=0.1)
+    train_step, _ = make_step(model, config)
+    start = init_state(model, config)
     batch = random_batch(1)
     wider = {name: np.pad(array, ((0, 0), (0, 5))) for name, array in batch.items()}
     key = jax.random.key(1)
@@ -175,8 +182,8 @@ def test_padding_changes_no_loss_and_no_update():
 
 
 def test_dropout_follows_the_key_and_the_step():
-    train_step, optimizer = make_step(TINY, optimizers.OptimizerConfig())
-    state = step.init_state(TINY, optimizer, jax.random.key(0))
+    train_step, _ = make_step(TINY, optimizers.OptimizerConfig())
+    state = init_state(TINY, optimizers.OptimizerConfig())
     batch = random_batch(2)
 
     def loss(state, seed):
@@ -193,8 +200,8 @@ def test_normalizing_factor_divides_the_gradient():
     norms = {}
     for factor in (None, 10.0, step.REAL_TARGET_TOKENS):
         loss_config = step.LossConfig(normalizing_factor=factor)
-        train_step, optimizer = make_step(model, optimizers.OptimizerConfig(), loss_config)
-        state = step.init_state(model, optimizer, jax.random.key(0))
+        train_step, _ = make_step(model, optimizers.OptimizerConfig(), loss_config)
+        state = init_state(model, optimizers.OptimizerConfig())
         norms[factor] = float(train_step(state, batch, key)[1]["grad_norm"])
     tokens = (batch["decoder_target_tokens"] > 0).sum()
     np.testing.assert_allclose(norms[10.0], norms[None] / 10, rtol=1e-5)
@@ -205,7 +212,7 @@ def test_normalizing_factor_divides_the_gradient():
 
 def test_eval_step_splits_text_from_the_rest():
     model = dataclasses.replace(TINY, dropout_rate=0.0)
-    params = t5.init(model, jax.random.key(0))
+    params = init_state(model, optimizers.OptimizerConfig()).params
     batch = random_batch(4)
     text_ids = np.arange(64) < 50
     sums = jax.jit(functools.partial(step.eval_step, model, 1))(params, batch, text_ids)

@@ -47,10 +47,6 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def flags_of_copy(model_dir, **bindings):
-    return train_argv(model_dir, bindings)
-
-
 # ---- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -199,6 +195,19 @@ def test_a_signal_while_a_step_is_saved_loses_nothing(tmp_path, monkeypatch, cap
     assert_same_state(whole, tmp_path / "run", 6)
 
 
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys):
+    make_programs = setup.make_programs
+
+    def interrupted(config):
+        signal.raise_signal(signal.SIGTERM)
+        return make_programs(config)
+
+    monkeypatch.setattr(setup, "make_programs", interrupted)
+    assert main(train_argv(tmp_path / "run")) == 143
+    assert capsys.readouterr().err.startswith("t5x_lite: stopped before the first step")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_may_change_between_starts(copy):
     """The number of steps, periods and logging; a profile from the middle of its steps on."""
     changed = {"TRAIN_STEPS": 7, "LOG_PERIOD": 100, "EVAL_PERIOD": 0, "PROFILE_STEPS": (5, 9)}
@@ -211,70 +220,84 @@ def test_what_may_change_between_starts(copy):
 # ---- numbers that are none -----------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_saved(copy, monkeypatch, capsys):
-    make_programs = setup.make_programs
+def nan_loss(state, scalars):
+    return state, scalars | {"loss_sum": jnp.float32("nan")}
 
-    def poisoned(config):
-        programs = make_programs(config)
 
+def infinite_parameter(state, scalars):
+    """As after an update that overflows: the loss of that step is finite still."""
+    leaves, tree = jax.tree.flatten(state.params)
+    leaves[0] = leaves[0].at[0].set(jnp.inf)
+    return state._replace(params=jax.tree.unflatten(tree, leaves)), scalars
+
+
+@pytest.mark.parametrize(
+    ("poison", "problem"),
+    [
+        (nan_loss, "loss_sum is nan"),
+        (infinite_parameter, "the parameters are not finite after the update"),
+    ],
+)
+def test_nothing_is_saved_after_a_number_that_is_none(copy, monkeypatch, capsys, poison, problem):
+    def poisoned(programs):
         def train_step(state, batch, key):
             state, scalars = programs.train_step(state, batch, key)
-            if int(state.step) == 8:
-                scalars = scalars | {"loss_sum": jnp.float32("nan")}
-            return state, scalars
+            return poison(state, scalars) if int(state.step) == 8 else (state, scalars)
 
         return programs._replace(train_step=train_step)
 
-    monkeypatch.setattr(setup, "make_programs", poisoned)
+    make_programs = setup.make_programs
+    monkeypatch.setattr(setup, "make_programs", lambda config: poisoned(make_programs(config)))
     before = content(copy / "checkpoints")
 
     assert main(train_argv(copy, {"TRAIN_STEPS": 12})) == 1
 
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("t5x_lite: step 8: loss_sum is nan; batch 8 of python_docs")
+    assert line.startswith(f"t5x_lite: step 8: {problem}; batch 8 of python_docs_span_corruption")
     assert content(copy / "checkpoints") == before
-    [kept] = copy.glob("non_finite_batch_8.npz")
-    assert np.load(kept)["decoder_target_tokens"].shape == (4, 16)
+    assert np.load(copy / "non_finite_batch_8.npz")["decoder_target_tokens"].shape == (4, 16)
     assert all(np.isfinite(x["loss"]) for x in metric_lines(copy, "train"))
-
-
-def test_parameters_that_overflow_are_not_saved(tmp_path, capsys):
-    """The loss of the step that ruins them is finite still."""
-    bindings = {"CHECKPOINT_PERIOD": 1, "OptimizerConfig.learning_rate": 1e42}
-    assert main(train_argv(tmp_path / "run", bindings)) == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("t5x_lite: step 1: the parameters are not finite after the update;")
-    assert not (tmp_path / "run/checkpoints").exists() or not steps(tmp_path / "run")
 
 
 # ---- other ways to start -------------------------------------------------------------------------
 
 
-def test_initial_checkpoint_gives_the_parameters_of_another_run(whole, tmp_path):
-    """At a rate that changes no float32, one step leaves them as they were."""
-    bindings = {
-        "INITIAL_CHECKPOINT_PATH": str(whole),
-        "TRAIN_STEPS": 1,
-        "OptimizerConfig.name": "adamw",
-        "OptimizerConfig.learning_rate": 1e-30,
-    }
-    assert main(train_argv(tmp_path / "run", bindings)) == 0
-    assert steps(tmp_path / "run") == [1]
-    assert arrays(tmp_path / "run", 1, "params") == arrays(whole, 6, "params")
+class Started(Exception):
+    """Carries the state that the first step was to be made from."""
+
+
+def test_initial_checkpoint_gives_the_parameters_of_another_run(whole, tmp_path, monkeypatch):
+    def started(state, batch, key):
+        raise Started(state)
+
+    make_programs = setup.make_programs
+    monkeypatch.setattr(
+        setup, "make_programs", lambda config: make_programs(config)._replace(train_step=started)
+    )
+    with pytest.raises(Started) as caught:
+        main(train_argv(tmp_path / "run", {"INITIAL_CHECKPOINT_PATH": str(whole)}))
+    [state] = caught.value.args
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    found = {jax.tree_util.keystr(path): (str(x.dtype), x.tobytes()) for path, x in leaves}
+    assert found == arrays(whole, 6, "params")
+    assert int(state.step) == 0
 
 
 def test_microbatches_give_the_same_losses(tmp_path):
+    """Dropout draws other masks for microbatches, so it is off."""
+    shorter = {"DROPOUT_RATE": 0.0, "TRAIN_STEPS": 2, "EVAL_STEPS": 1, "NUM_SAMPLE_PREDICTIONS": 0}
     losses = {}
     for count in (1, 4):
         model_dir = tmp_path / str(count)
-        bindings = {"NUM_MICROBATCHES": count, "DROPOUT_RATE": 0.0, "TRAIN_STEPS": 3}
-        assert main(train_argv(model_dir, bindings)) == 0
+        assert main(train_argv(model_dir, shorter | {"NUM_MICROBATCHES": count})) == 0
         losses[count] = [line["loss"] for line in metric_lines(model_dir, "train")]
     np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
 
 
-def test_dry_run_shows_all_and_leaves_nothing(tmp_path, capsys):
-    assert main([*train_argv(tmp_path / "run"), "--dry_run"]) == 0
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+def test_dry_run_shows_all_and_leaves_nothing(tmp_path, capsys, optimizer):
+    argv = train_argv(tmp_path / "run", {"OptimizerConfig.name": optimizer})
+    assert main([*argv, "--dry_run"]) == 0
     shown = capsys.readouterr().out
     for text in ("embed", "4096x32", "vocab", "bytes per device", "decoder_target_tokens"):
         assert text in shown

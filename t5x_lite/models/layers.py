@@ -4,6 +4,7 @@ Shapes in names: B batch, L query or sequence length, S key length, D d_model, H
 F d_ff. Every parameter carries the names of its logical axes as `axes` metadata.
 """
 
+import functools
 import math
 import operator
 from functools import reduce
@@ -51,6 +52,28 @@ def dropout(
 def fold(key: Array | None, index: int | Array) -> Array | None:
     """`jax.random.fold_in` that lets "no dropout" through."""
     return None if key is None else jax.random.fold_in(key, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def repeat_rows(x: Array, batch_size: int) -> Array:
+    """[1, ...] -> [batch_size, ...], whose gradient is a product with ones.
+
+    The sum over the batch that JAX would derive took XLA 70 ms on two CPU cores for the bias of
+    8 x 6 x 512 x 512 attention logits; this product takes 2 ms.
+    """
+    return jnp.broadcast_to(x, (batch_size, *x.shape[1:]))
+
+
+def _repeat_rows_forward(x: Array, batch_size: int) -> tuple[Array, None]:
+    return repeat_rows(x, batch_size), None
+
+
+def _repeat_rows_backward(batch_size: int, _: None, gradient: Array) -> tuple[Array]:
+    ones = jnp.ones((1, batch_size), gradient.dtype)
+    return (jnp.tensordot(ones, gradient, axes=1),)
+
+
+repeat_rows.defvjp(_repeat_rows_forward, _repeat_rows_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -137,7 +160,7 @@ class Attention(nnx.Module):
             "blhk,bshk->bhls", query_BxLxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
         )
         if bias_1xHxLxS is not None:
-            logits_BxHxLxS += bias_1xHxLxS
+            logits_BxHxLxS += repeat_rows(bias_1xHxLxS, logits_BxHxLxS.shape[0])
         logits_BxHxLxS = jnp.where(mask_Bx1xLxS, logits_BxHxLxS, MASKED)
         weights_BxHxLxS = jax.nn.softmax(logits_BxHxLxS).astype(x_BxLxD.dtype)
         weights_BxHxLxS = dropout(
@@ -194,18 +217,25 @@ class RelativePositionBias(nnx.Module):
 
     def __call__(self, query_length: int, key_length: int) -> Array:
         """Returns the bias, float32 [1, H, query_length, key_length]."""
-        distance_LxS = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
-        bucket_LxS = relative_position_bucket(
-            distance_LxS,
+        # The bias depends on the distance alone: one value a distance, then rows shifted by one
+        # against each other. With a row of `period` distances repeated, cutting the sequence into
+        # rows that are one shorter shifts them; the gradient is a plain sum over rows, where a
+        # gather's would be a scatter of query_length x key_length values.
+        period = query_length + key_length
+        distance = np.arange(period)
+        distance[key_length:] -= period
+        bucket = relative_position_bucket(
+            distance,
             bidirectional=self.bidirectional,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        # A product with one-hot columns: its gradient is a matrix product too, where a gather's
-        # would be a slow scatter.
-        one_hot = jnp.asarray(bucket_LxS.reshape(1, -1)) == jnp.arange(self.num_buckets)[:, None]
-        bias = self.rel_embedding[...] @ one_hot.astype(jnp.float32)
-        return bias.reshape(1, -1, query_length, key_length)
+        by_distance = self.rel_embedding[...][:, bucket]
+        num_heads = by_distance.shape[0]
+        rows = jnp.broadcast_to(by_distance[:, None], (num_heads, query_length, period))
+        shifted = rows.reshape(num_heads, -1)[:, : query_length * (period - 1)]
+        shifted = shifted.reshape(num_heads, query_length, period - 1)
+        return shifted[None, :, :, :key_length]
 
 
 def relative_position_bucket(
