@@ -1,5 +1,7 @@
 """How a source of documents becomes one seqio task per objective."""
 
+from typing import Any
+
 import seqio
 import tensorflow as tf
 
@@ -40,11 +42,18 @@ def register_objectives(
         seqio.TaskRegistry.add(
             names[-1],
             source=source,
-            preprocessors=preprocessors,
+            preprocessors=[_without_autograph(stage) for stage in preprocessors],
             output_features=features,
             metric_fns=[],
         )
     return names
+
+
+def _without_autograph(stage: Any) -> Any:
+    """No stage has Python control flow over tensors, and AutoGraph takes seconds to find out."""
+    if isinstance(stage, seqio.CacheDatasetPlaceholder):
+        return stage
+    return tf.autograph.experimental.do_not_convert(stage)
 
 
 @seqio.map_over_dataset
