@@ -45,8 +45,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as cache:
-            for kind in seconds:
-                seconds[kind].append(one_start(cache))
+            for values in seconds.values():
+                values.append(one_start(cache))
     for kind, values in seconds.items():
         rounded = ", ".join(f"{value:.1f}" for value in sorted(values))
         print(f"{kind}: median {statistics.median(values):.1f} s of {rounded}")

@@ -19,6 +19,7 @@ import seqio
 import tensorflow as tf
 
 import tasks
+from t5x_lite import packing
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.run_config import DataConfig
 from tasks import text_files, vocabularies
@@ -297,29 +298,10 @@ def decode(vocabulary: seqio.Vocabulary, ids: np.ndarray) -> str:
 def _dataset(config: DataConfig, provider: Provider, split: str, **options: Any) -> tf.data.Dataset:
     """Rows as the model sees them."""
     dataset = _examples(config, provider, split, **options)
-    dataset = model_features(dataset, config.task_feature_lengths, config.pack)
+    dataset = packing.model_features(dataset, config.task_feature_lengths, pack=config.pack)
     fused = tf.data.Options()
     fused.experimental_optimization.map_fusion = True  # a tenth faster, the same examples
     return dataset.with_options(fused)
-
-
-def model_features(
-    dataset: tf.data.Dataset, lengths: Mapping[str, int], pack: bool
-) -> tf.data.Dataset:
-    """Examples {"inputs", "targets"} as rows of what `seqio.EncDecFeatureConverter` names.
-
-    Packed, an example without inputs or without targets is left out, and so is an id 0 within a
-    sequence: seqio would number the segments of encoder and decoder differently after the one, and
-    lose the end of the sequence after the other.
-    """
-    if pack:
-        dataset = dataset.map(
-            lambda e: {name: tf.boolean_mask(e[name], e[name] != 0) for name in lengths},
-            num_parallel_calls=tf.data.AUTOTUNE,
-        ).filter(lambda e: tf.reduce_all([tf.size(e[name]) > 0 for name in lengths]))
-    # The task has trimmed its examples: checking every length again would take a fifth of the time.
-    converter = seqio.EncDecFeatureConverter(pack=pack, apply_length_check=False)
-    return converter(dataset, dict(lengths))
 
 
 def _examples(

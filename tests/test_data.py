@@ -13,7 +13,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x_lite import data
+from t5x_lite import data, packing
 from t5x_lite.errors import UsageError
 from t5x_lite.run_config import DataConfig
 from tasks import sources, text_files, vocabularies
@@ -130,7 +130,7 @@ def test_rows_equal_seqios(shared_data):
         if pack and case["id"].endswith((".empty", ".zeros")):
             continue  # seqio's segments drift apart there: see the next test
         lengths = case["task_feature_lengths"]
-        rows = list(data.model_features(to_dataset(case["examples"]), lengths, pack))
+        rows = list(packing.model_features(to_dataset(case["examples"]), lengths, pack=pack))
         assert len(rows) == case["num_outputs"], case["id"]
         for name, output in case["outputs"].items():
             found = np.stack([row[name].numpy() for row in rows])
@@ -151,7 +151,7 @@ def test_packed_segments_hold_the_same_examples_in_encoder_and_decoder():
 
     examples = [{name: sequence(length) for name, length in LENGTHS.items()} for _ in range(300)]
     found = []
-    for row in data.model_features(to_dataset(examples), LENGTHS, pack=True).as_numpy_iterator():
+    for row in packing.model_features(to_dataset(examples), LENGTHS, pack=True).as_numpy_iterator():
         sides = []
         for side, tokens in (
             ("encoder", "encoder_input_tokens"),

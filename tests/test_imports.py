@@ -15,7 +15,7 @@ PURE = {"models", "losses", "step", "decoding", "optimizers", "partitioning"}
 PURE_MAY_IMPORT = {"jax", "flax", "optax", "numpy"}
 # The rooms that know gin, seqio or TensorFlow, or hand over to one that does.
 # The command line, the rooms that may load TensorFlow and seqio, and those that load these.
-SEQIO_ROOMS = {"data", "inspect_tasks", "task_stages", "vocab"}
+SEQIO_ROOMS = {"data", "packing", "inspect_tasks", "task_stages", "vocab"}
 EDGE = SEQIO_ROOMS | {"__main__", "gin_utils"}
 # Leaves that any room may use: they import nothing of t5x_lite themselves.
 LEAVES = {"errors", "files"}
