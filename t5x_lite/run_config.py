@@ -180,6 +180,12 @@ MAY_CHANGE = frozenset(
 )
 
 
+def eval_name(config: TrainConfig) -> str:
+    """The evaluation's series of metrics; "train" is that of the training itself."""
+    split = config.data.eval_split
+    return "train_split" if split == "train" else split
+
+
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What a resumed run must not change but does: "OptimizerConfig.learning_rate: 1.0 -> 0.1"."""
     before, after = _flatten(old), _flatten(new)

@@ -20,20 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from t5x_lite import evaluate, files, partitioning, report, setup
+from t5x_lite import evaluate, files, partitioning, setup
 from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
 from t5x_lite.errors import UsageError
 from t5x_lite.metrics import MetricWriter, read_metrics, summarize
 from t5x_lite.models import t5
 from t5x_lite.progress import Progress
-from t5x_lite.run_config import TrainConfig
+from t5x_lite.run_config import TrainConfig, eval_name
 from t5x_lite.step import TrainState
 
 # Steps that may be under way on the device before the host looks at the oldest one's loss.
 _STEPS_IN_FLIGHT = 2
-
-# Enough examples for a unigram model; a pass over a small split.
-_UNIGRAM_EXAMPLES = 20_000
 
 
 class NonFiniteLossError(RuntimeError):
@@ -71,15 +68,17 @@ def train(config: TrainConfig, config_text: str) -> None:
             programs = setup.make_programs(config)
             state, restored = _first_state(config, programs, checkpoints, key)
             data = opened.result()
+        from t5x_lite import wrap_up  # with TensorFlow, which is there only now
+
         start = 0
         if restored is not None:
             start = restored.step
             if restored.input_state is None:
                 raise UsageError(f"the checkpoint of step {start} has no input position")
             data.train.restore(restored.input_state)
-            if start >= config.train_steps and _is_finished(model_dir, config, start):
+            if start >= config.train_steps and wrap_up.is_finished(model_dir, config, start):
                 print(f"the run is complete: step {start} of {config.train_steps}")
-                _print_places(model_dir)
+                wrap_up.print_places(model_dir)
                 return
             print(f"resuming after step {start} of {config.train_steps}", flush=True)
         if stop.is_set():
@@ -94,7 +93,7 @@ def train(config: TrainConfig, config_text: str) -> None:
         finally:
             writer.close()
             checkpoints.close()
-    _finish(model_dir, config, data, state)
+    wrap_up.finish(model_dir, config, data, state)
 
 
 def _first_state(
@@ -237,7 +236,7 @@ def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> No
         run.data.text_ids_V,
         run.programs.mesh,
     )
-    split = _eval_name(run.config)
+    split = eval_name(run.config)
     run.writer.write(split, step, values)
     progress.message(
         f"step {step}  {split} loss {values['loss']:.4f}  text {values['text_loss']:.4f}  "
@@ -245,14 +244,8 @@ def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> No
     )
 
 
-def _eval_name(config: TrainConfig) -> str:
-    """The evaluation's series of metrics; "train" is that of the training itself."""
-    split = config.data.eval_split
-    return "train_split" if split == "train" else split
-
-
 def _has_evaluation(run: _Run, step: int) -> bool:
-    path = epath.Path(run.config.model_dir) / "metrics" / f"{_eval_name(run.config)}.jsonl"
+    path = epath.Path(run.config.model_dir) / "metrics" / f"{eval_name(run.config)}.jsonl"
     return path.exists() and any(record["step"] == step for record in read_metrics(path))
 
 
@@ -311,79 +304,6 @@ def _write_run_files(
         files.write_atomically(model_dir / "model.json", text.encode())
     except OSError as e:
         raise UsageError(f"MODEL_DIR = {str(model_dir)!r} cannot be written: {e.strerror}") from e
-
-
-def _is_finished(model_dir: epath.Path, config: TrainConfig, step: int) -> bool:
-    """True if `_finish` has come to its end; a run can be killed after its last checkpoint."""
-    last = [model_dir / "report.html"]
-    if config.num_sample_predictions:
-        last.append(_inference_path(model_dir, config, step))
-    return all(path.exists() for path in last)
-
-
-def _inference_path(model_dir: epath.Path, config: TrainConfig, step: int) -> epath.Path:
-    return model_dir / "inference" / f"{config.data.mixture_or_task_name}-{step}.jsonl"
-
-
-def _finish(
-    model_dir: epath.Path, config: TrainConfig, data: setup.Input, state: TrainState
-) -> None:
-    """The baseline, a few predictions, the report, and where everything is."""
-    from t5x_lite import data as data_module
-
-    counts = data_module.token_counts(
-        config.data, data.provider, config.model.vocab_size, _UNIGRAM_EXAMPLES
-    )
-    baseline = evaluate.unigram_loss(counts, data.evaluation, data.text_ids_V)
-    text = json.dumps({"unigram_loss": baseline}) + "\n"
-    files.write_atomically(model_dir / "metrics" / "baselines.json", text.encode())
-    predictions = _sample_predictions(config, data, state)
-    if predictions:
-        lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        files.write_atomically(_inference_path(model_dir, config, int(state.step)), lines.encode())
-    report.write_report(model_dir)
-
-    print(f"\nthe run is complete: step {int(state.step)} of {config.train_steps}")
-    for prediction in predictions:
-        for field in ("inputs", "targets", "prediction"):
-            print(f"{'' if field != 'inputs' else chr(10)}  {field:10}  {prediction[field][:300]}")
-    split = _eval_name(config)
-    found = read_metrics(model_dir / "metrics" / f"{split}.jsonl")[-1]["text_loss"]
-    print(
-        f"\n{split} loss over text tokens {found:.3f} nats; a unigram model of the same tokens "
-        f"{baseline:.3f}"
-    )
-    _print_places(model_dir)
-
-
-def _print_places(model_dir: epath.Path) -> None:
-    for name in ("checkpoints", "metrics", "tensorboard", "inference", "report.html"):
-        print(f"  {name:12} {model_dir / name}")
-
-
-def _sample_predictions(
-    config: TrainConfig, data: setup.Input, state: TrainState
-) -> list[dict[str, str]]:
-    from t5x_lite import data as data_module
-
-    count = config.num_sample_predictions
-    examples = data_module.eval_examples(config.data, data.provider, count) if count else []
-    if not examples:
-        return []
-    lengths = config.data.task_feature_lengths
-    inputs = [example["inputs"] for example in examples]
-    predicted = evaluate.predict(
-        config.model, state.params, inputs, lengths["inputs"], lengths["targets"]
-    )
-    vocabulary = data_module.target_vocabulary(data.provider)
-    return [
-        {
-            "inputs": data_module.decode(vocabulary, example["inputs"]),
-            "targets": data_module.decode(vocabulary, example["targets"]),
-            "prediction": data_module.decode(vocabulary, ids),
-        }
-        for example, ids in zip(examples, predicted, strict=True)
-    ]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ PURE_MAY_IMPORT = {"jax", "flax", "optax", "numpy"}
 # The rooms that know gin, seqio or TensorFlow, or hand over to one that does.
 # The command line, the rooms that may load TensorFlow and seqio, and those that load these.
 SEQIO_ROOMS = {"data", "packing", "inspect_tasks", "task_stages", "vocab"}
-EDGE = SEQIO_ROOMS | {"__main__", "gin_utils"}
+EDGE = SEQIO_ROOMS | {"__main__", "gin_utils", "wrap_up"}
 # Leaves that any room may use: they import nothing of t5x_lite themselves.
 LEAVES = {"errors", "files"}
 HEAVY = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "gin"}

@@ -21,7 +21,7 @@ from small_run import (
     train_argv,
 )
 
-from t5x_lite import evaluate, gin_utils, setup, train
+from t5x_lite import evaluate, gin_utils, setup, train, wrap_up
 from t5x_lite.__main__ import main
 from t5x_lite.metrics import MetricWriter
 
@@ -30,7 +30,7 @@ from t5x_lite.metrics import MetricWriter
 def few_unigrams():
     """The baseline of fewer examples: seconds less in each run."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "_UNIGRAM_EXAMPLES", 100)
+        m.setattr(wrap_up, "_UNIGRAM_EXAMPLES", 100)
         yield
 
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from small_run import assert_same_state, metric_lines, start, steps, train_argv
 
-from t5x_lite import train
+from t5x_lite import wrap_up
 from t5x_lite.__main__ import main
 
 BINDINGS = {"TRAIN_STEPS": 40, "EVAL_PERIOD": 0, "CHECKPOINT_PERIOD": 10}
 
 FEW_UNIGRAMS = """
 import sys
-from t5x_lite import __main__, train
+from t5x_lite import __main__, wrap_up
 
-train._UNIGRAM_EXAMPLES = 100
+wrap_up._UNIGRAM_EXAMPLES = 100
 sys.exit(__main__.main(sys.argv[1:]))
 """
 
@@ -54,7 +54,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 @pytest.fixture(scope="module", autouse=True)
 def few_unigrams():
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "_UNIGRAM_EXAMPLES", 100)
+        m.setattr(wrap_up, "_UNIGRAM_EXAMPLES", 100)
         yield
 
 
