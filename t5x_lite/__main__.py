@@ -170,8 +170,10 @@ def _tasks_list(argv: list[str]) -> int:
     parser.add_argument("pattern", nargs="?", help="wildcards, or a part of the name")
     parser.add_argument("--module", help="a module on PYTHONPATH to import first")
     arguments = parser.parse_args(argv)
-    from t5x_lite import data, inspect_tasks
+    from t5x_lite import setup
 
+    with setup.without_native_notes():
+        from t5x_lite import data, inspect_tasks
     data.import_module(arguments.module)
     inspect_tasks.list_tasks(arguments.pattern)
     return 0
@@ -189,8 +191,10 @@ def _tasks_inspect(argv: list[str]) -> int:
     parser.add_argument("--num_shown", type=int, default=1, help="examples to show")
     parser.add_argument("--no_pack", action="store_true", help="one example a row")
     arguments = parser.parse_args(argv)
-    from t5x_lite import inspect_tasks
+    from t5x_lite import setup
 
+    with setup.without_native_notes():
+        from t5x_lite import inspect_tasks
     inspect_tasks.inspect_task(
         _data_config(arguments, arguments.name, pack=not arguments.no_pack),
         num_examples=arguments.num_examples,
@@ -221,8 +225,10 @@ def _vocab(argv: list[str]) -> int:
     )
     _add_data_flags(parser)
     arguments = parser.parse_args(argv)
-    from t5x_lite import vocab
+    from t5x_lite import setup
 
+    with setup.without_native_notes():
+        from t5x_lite import vocab
     vocab.train_vocabulary(
         _data_config(arguments, arguments.task),
         arguments.output,
@@ -265,8 +271,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_config(arguments: argparse.Namespace, name: str, *, pack: bool = True) -> "DataConfig":
-    from t5x_lite.inspect_tasks import parse_feature_lengths
-    from t5x_lite.run_config import DataConfig
+    from t5x_lite.run_config import DataConfig, parse_feature_lengths
 
     text_files = {k: v for k, v in vars(arguments).items() if k.startswith("text_files_")}
     return DataConfig(

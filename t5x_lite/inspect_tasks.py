@@ -106,24 +106,6 @@ def inspect_task(config: DataConfig, *, num_examples: int = 1000, num_shown: int
     _print_measures(measures, config.split, num_examples)
 
 
-def parse_feature_lengths(text: str) -> dict[str, int]:
-    """`"inputs=512,targets=114"` as a mapping.
-
-    Raises:
-      UsageError: it is not of that form.
-    """
-    lengths = {}
-    for part in text.split(","):
-        feature, _, length = (piece.strip() for piece in part.partition("="))
-        if not feature or not length.isdecimal():
-            raise UsageError(
-                f"--task_feature_lengths={text}: give tokens for each feature, like "
-                "inputs=512,targets=114"
-            )
-        lengths[feature] = int(length)
-    return lengths
-
-
 def _check(config: DataConfig, provider: Provider) -> dict[str, int]:
     """The lengths of the task's features, without those of features that it does not have."""
     if config.split not in provider.splits:

@@ -72,6 +72,24 @@ class DataConfig:
             raise UsageError(f"BATCH_SIZE = {self.batch_size!r}: must be an integer of at least 1")
 
 
+def parse_feature_lengths(text: str) -> dict[str, int]:
+    """`"inputs=512,targets=114"` as a mapping.
+
+    Raises:
+      UsageError: it is not of that form.
+    """
+    lengths = {}
+    for part in text.split(","):
+        feature, _, length = (piece.strip() for piece in part.partition("="))
+        if not feature or not length.isdecimal():
+            raise UsageError(
+                f"--task_feature_lengths={text}: give tokens for each feature, like "
+                "inputs=512,targets=114"
+            )
+        lengths[feature] = int(length)
+    return lengths
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run.

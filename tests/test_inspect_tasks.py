@@ -9,7 +9,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5x_lite import data, inspect_tasks, task_stages
+from t5x_lite import data, inspect_tasks, run_config, task_stages
 from t5x_lite.errors import UsageError
 from t5x_lite.run_config import DataConfig
 from tasks import registration, sources, text_files, vocabularies
@@ -324,7 +324,7 @@ def test_histogram(lengths, limit):
 
 
 def test_parse_feature_lengths():
-    parse = inspect_tasks.parse_feature_lengths
+    parse = run_config.parse_feature_lengths
     assert parse("inputs=512, targets=114") == {"inputs": 512, "targets": 114}
     for text in ("", "512", "inputs=", "inputs=512,", "inputs=-1", "inputs:512"):
         with pytest.raises(UsageError, match="like inputs=512,targets=114"):

@@ -164,7 +164,7 @@ def test_model_with_other_special_ids(tmp_path):
     ("texts", "vocab_size", "message"),
     [
         ([], 1000, "not enough text"),
-        (["hello world"], 5000, "4900 pieces and 100 sentinels.*too high"),
+        (["hello world"], 5000, r"4900 pieces and 100 sentinels.*enough for 1\d\d at most"),
         (TEXTS, 103, "no room for text"),
     ],
 )

@@ -14,8 +14,10 @@ BINDINGS = {"TRAIN_STEPS": 40, "EVAL_PERIOD": 0, "CHECKPOINT_PERIOD": 10}
 
 FEW_UNIGRAMS = """
 import sys
-from t5x_lite import __main__, wrap_up
+from t5x_lite import __main__, setup
 
+with setup.without_native_notes():
+    from t5x_lite import wrap_up
 wrap_up._UNIGRAM_EXAMPLES = 100
 sys.exit(__main__.main(sys.argv[1:]))
 """
