@@ -9,15 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from t5x_lite.errors import UsageError, nearest
+from t5x_lite.errors import Failure, UsageError, nearest
 
 if TYPE_CHECKING:
     from t5x_lite.run_config import DataConfig
 
-USAGE_ERROR, FAILURE = 2, 1
-# What a process that SIGTERM ends exits with; a supervisor then starts the command again.
-INTERRUPTED = 143
-KEYBOARD_INTERRUPT = 130
+USAGE_ERROR, KEYBOARD_INTERRUPT = 2, 130
 
 _TINY = "gin_configs/models/t5_1_1/tiny.gin"
 _RUN = "gin_configs/runs/python_docs.gin"
@@ -34,11 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as e:
         _print_error(e)
         return USAGE_ERROR
-    except RuntimeError as e:
-        if type(e).__module__.split(".")[0] != "t5x_lite":
-            raise
+    except Failure as e:
         _print_error(e)
-        return INTERRUPTED if type(e).__name__ == "Interrupted" else FAILURE
+        return e.exit_code
     except KeyboardInterrupt:
         print("t5x_lite: stopped", file=sys.stderr)
         return KEYBOARD_INTERRUPT

@@ -32,7 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from t5x_lite.errors import UsageError, nearest
+from t5x_lite.errors import Failure, UsageError, nearest
 from t5x_lite.files import is_local
 from t5x_lite.integrity import (
     STEP_NAME,
@@ -50,7 +50,7 @@ PyTree = Any
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure):
     """A checkpoint that cannot be written, or that cannot be read because it is damaged."""
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import itertools
+import os
 import pathlib
 import re
 import tempfile
@@ -18,7 +19,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-import tasks
+import tasks  # noqa: F401  registers them
 from t5x_lite import packing
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.run_config import DataConfig
@@ -41,10 +42,10 @@ def configure(config: DataConfig) -> None:
     Raises:
       UsageError: the module cannot be imported.
     """
-    assert tasks  # importing it has registered the tasks
     if config.tfds_data_dir is not None:
-        seqio.set_tfds_data_dir_override(config.tfds_data_dir)
-    vocabularies.set_default_file(config.vocabulary_file or vocabularies.T5_VOCABULARY_FILE)
+        seqio.set_tfds_data_dir_override(os.path.expanduser(config.tfds_data_dir))
+    file = config.vocabulary_file or vocabularies.T5_VOCABULARY_FILE
+    vocabularies.set_default_file(os.path.expanduser(file))
     if config.text_files_pattern is not None:
         prefix = "text_files_"
         names = [f.name for f in dataclasses.fields(text_files.TextFiles)]
@@ -180,7 +181,8 @@ class TrainBatches:
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
                 for path in sorted(pathlib.Path(folder).iterdir()):
-                    archive.write(path, path.name)
+                    # A file time of its own would make equal positions differ.
+                    archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
         return packed.getvalue()
 
     def restore(self, position: bytes) -> None:
@@ -330,11 +332,35 @@ def _examples(
     )
 
 
-def vocabulary_description(provider: Provider) -> dict[str, Any]:
-    """What `model.json` says about the vocabulary of the targets."""
+def vocabulary_content(provider: Provider) -> bytes | None:
+    """The serialised SentencePiece model of the targets; None for bytes."""
+    vocabulary = _resolved_vocabulary(provider)
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return vocabulary.sp_model
+    return None
+
+
+def text_files_shards(provider: Provider) -> list[str]:
+    """Names, made of the files' sizes and times, of what `text_files_*` read; else empty."""
+    members = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    return [
+        pathlib.PurePath(shard).name
+        for task in members
+        if isinstance(task.source, text_files.TextFilesSource)
+        for shard in task.source.list_shards("train")
+    ]
+
+
+def _resolved_vocabulary(provider: Provider) -> seqio.Vocabulary:
     vocabulary = target_vocabulary(provider)
     if isinstance(vocabulary, vocabularies.LazyVocabulary):
-        vocabulary = vocabulary.resolve()
+        return vocabulary.resolve()
+    return vocabulary
+
+
+def vocabulary_description(provider: Provider) -> dict[str, Any]:
+    """What `model.json` says about the vocabulary of the targets."""
+    vocabulary = _resolved_vocabulary(provider)
     description = {"class": type(vocabulary).__name__, "size": vocabulary.vocab_size}
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         description["sentencepiece_model_file"] = str(vocabulary.sentencepiece_model_file)

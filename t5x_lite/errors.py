@@ -11,6 +11,16 @@ class UsageError(ValueError):
     """
 
 
+class Failure(RuntimeError):
+    """A run that could not go on; the command line prints the message alone.
+
+    Attributes:
+      exit_code: what the process ends with.
+    """
+
+    exit_code = 1
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence naming the known names closest to `name`, or all of them if there are few."""
     known = sorted(known)

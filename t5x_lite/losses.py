@@ -143,8 +143,7 @@ def _chunk(
         # sum_v p_v (log Z - logit_v) = log Z - (on - off) logit_target - off sum_v logit_v
         loss = log_z - (on - off) * picked - off * jnp.sum(logits, axis=-1) - entropy
     z_term = z_loss * jnp.square(log_z)
-    # As jnp.argmax has it, but without a second walk over the logits: the target is the likeliest
-    # if no logit is larger.
+    # No logit is larger. Equal to argmax but for ties, without a second walk over the logits.
     correct = picked >= maximum[..., 0]
     sums = LossSums(
         loss=jnp.sum(loss * weights),

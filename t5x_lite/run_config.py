@@ -136,6 +136,8 @@ class TrainConfig:
         """Raises UsageError on a count that is none."""
         if not isinstance(self.model_dir, str) or not self.model_dir:
             raise UsageError(f"MODEL_DIR = {self.model_dir!r}: give a directory")
+        if self.model_dir.startswith("~"):
+            raise UsageError(f"MODEL_DIR = {self.model_dir!r}: write the home directory out")
         for macro, value, least in (
             ("TRAIN_STEPS", self.train_steps, 1),
             ("RANDOM_SEED", self.random_seed, 0),
@@ -225,7 +227,7 @@ def check_same_run(saved: TrainConfig, config: TrainConfig) -> None:
         raise UsageError(
             f"MODEL_DIR = {config.model_dir!r} holds a run with another configuration: "
             f"{'; '.join(changed)}. Use another MODEL_DIR, or the run's own bindings (only "
-            "TRAIN_STEPS, periods and logging may change)"
+            "TRAIN_STEPS, periods, logging, MESH and --tfds_data_dir may change)"
         )
 
 

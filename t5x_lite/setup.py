@@ -73,10 +73,17 @@ def open_input(config: TrainConfig) -> Input:
     data.configure(config.data)
     provider = data.check(config.data, config.model.vocab_size)
     host, num_hosts = jax.process_index(), jax.process_count()
+    train = data.train_batches(config.data, provider, config.random_seed, host, num_hosts)
+    evaluation = data.EvalBatches(config.data, provider, config.eval_steps, host, num_hosts)
+    if next(iter(evaluation), None) is None:
+        raise UsageError(
+            f"{provider.name}: the split {config.data.eval_split!r} gives no row of "
+            f"{dict(config.data.task_feature_lengths)} to evaluate on"
+        )
     return Input(
         provider,
-        data.train_batches(config.data, provider, config.random_seed, host, num_hosts),
-        data.EvalBatches(config.data, provider, config.eval_steps, host, num_hosts),
+        train,
+        evaluation,
         data.text_ids(provider, config.model.vocab_size),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import seqio
 
+from t5x_lite import packing
 from t5x_lite.data import Provider
 from t5x_lite.errors import UsageError
 from t5x_lite.run_config import DataConfig
@@ -116,13 +117,12 @@ def rows(examples: Dataset, lengths: Lengths, *, pack: bool) -> Dataset | None:
     None if no model takes these features.
     """
     if set(lengths) == {"inputs", "targets"}:
-        converter = seqio.EncDecFeatureConverter(pack=pack)
-    elif set(lengths) == {"targets"}:
+        return packing.model_features(examples, lengths, pack=pack)
+    if set(lengths) == {"targets"}:
+        examples = examples.map(lambda example: {name: example[name] for name in lengths})
         converter = seqio.LMFeatureConverter(pack=pack)
-    else:
-        return None
-    examples = examples.map(lambda example: {name: example[name] for name in lengths})
-    return converter(examples, task_feature_lengths=dict(lengths))
+        return converter(examples, task_feature_lengths=dict(lengths))
+    return None
 
 
 # ---- a sample, measured --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 What a run leaves in MODEL_DIR is described in docs/model_dir.md.
 """
 
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from etils import epath
 
 from t5x_lite import evaluate, files, partitioning, setup
 from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
-from t5x_lite.errors import UsageError
+from t5x_lite.errors import Failure, UsageError
 from t5x_lite.metrics import MetricWriter, read_metrics, summarize
 from t5x_lite.models import t5
 from t5x_lite.progress import Progress
@@ -33,12 +34,19 @@ from t5x_lite.step import TrainState
 _STEPS_IN_FLIGHT = 2
 
 
-class NonFiniteLossError(RuntimeError):
+# A copy of the SentencePiece model in MODEL_DIR: the run can be read without the original.
+VOCABULARY_FILE = "vocabulary.model"
+
+
+class NonFiniteLossError(Failure):
     """The loss or its gradient is no number; nothing after the last checkpoint was saved."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(Failure):
     """The run was asked to stop and has saved the step it stopped at."""
+
+    # What a process that SIGTERM ends exits with; a supervisor then starts the command again.
+    exit_code = 143
 
 
 def train(config: TrainConfig, config_text: str) -> None:
@@ -54,6 +62,8 @@ def train(config: TrainConfig, config_text: str) -> None:
       Interrupted: after SIGTERM or Ctrl-C, with the current step saved.
       CheckpointError: there are checkpoints, none of them intact.
     """
+    if jax.process_count() > 1:
+        raise UsageError("training in several processes is not built yet: start one")
     model_dir = epath.Path(config.model_dir)
     _check_writable(config.model_dir)
     setup.make_mesh(config)  # what can be refused at once is
@@ -75,6 +85,7 @@ def train(config: TrainConfig, config_text: str) -> None:
             start = restored.step
             if restored.input_state is None:
                 raise UsageError(f"the checkpoint of step {start} has no input position")
+            _check_same_text(model_dir, data)
             data.train.restore(restored.input_state)
             if start >= config.train_steps and wrap_up.is_finished(model_dir, config, start):
                 print(f"the run is complete: step {start} of {config.train_steps}")
@@ -145,27 +156,29 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
 
             stopping = run.stop.is_set()  # asked once, or a signal could fall between
             last = stopping or step == config.train_steps
+            if stopping:
+                progress.message(f"stopping after step {step}; Ctrl-C again ends at once")
             if profiling and (last or step == last_profiled):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
                 profiling = False
             if last or step % config.checkpoint_period == 0:
                 follower.catch_up()  # nothing is saved after a loss that is no number
-                if not _all_finite(state):
-                    problem = "the parameters are not finite after the update"
-                    raise NonFiniteLossError(_describe_batch(run, step, batch, problem))
-                run.writer.flush()
-                run.checkpoints.save(step, state, run.data.train.position())
+                _save(run, step, state, batch)
                 saved = step
-            if _is_evaluated_after(config, step):
+            if not stopping and _is_evaluated_after(config, step):
                 follower.catch_up()
                 began = time.monotonic()
                 _evaluate(run, progress, step, state)
                 follower.leave_out(time.monotonic() - began)
+                stopping = run.stop.is_set()
+                if stopping and saved < step:
+                    _save(run, step, state, batch)
+                    saved = step
             if stopping:
                 break
         run.checkpoints.wait()
-        if saved < config.train_steps:
+        if run.stop.is_set():
             raise Interrupted(
                 f"stopped after step {saved} of {config.train_steps}, which is saved; the same "
                 "command goes on from there"
@@ -173,9 +186,17 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
     return state
 
 
+def _save(run: _Run, step: int, state: TrainState, batch: Any) -> None:
+    if not _all_finite(state):
+        problem = "the parameters are not finite after the update"
+        raise NonFiniteLossError(_describe_batch(run, step, batch, problem))
+    run.writer.flush()
+    run.checkpoints.save(step, state, run.data.train.position())
+
+
 def _is_evaluated_after(config: TrainConfig, step: int) -> bool:
     period = config.eval_period
-    return step == config.train_steps or (period > 0 and step % period == 0)
+    return step >= config.train_steps or (period > 0 and step % period == 0)
 
 
 @jax.jit
@@ -229,13 +250,16 @@ class _Follower:
 
 
 def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> None:
+    """Writes a line of metrics, unless the run is stopped meanwhile: it is made up for later."""
     values = evaluate.evaluate_loss(
         run.programs.eval_step,
         state.params,
-        run.data.evaluation,
+        itertools.takewhile(lambda _: not run.stop.is_set(), run.data.evaluation),
         run.data.text_ids_V,
         run.programs.mesh,
     )
+    if run.stop.is_set():
+        return
     split = eval_name(run.config)
     run.writer.write(split, step, values)
     progress.message(
@@ -285,11 +309,32 @@ def _check_writable(model_dir: str) -> None:
         raise UsageError(f"MODEL_DIR = {model_dir!r} cannot be written: {problem}")
 
 
+def _check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
+    """Refuses to go on with other ids or other text than the run began with.
+
+    The gin bindings name files; what is in them can change under the same name.
+    """
+    from t5x_lite.data import text_files_shards, vocabulary_content
+
+    path = model_dir / VOCABULARY_FILE
+    if path.exists() and path.read_bytes() != vocabulary_content(data.provider):
+        raise UsageError(
+            f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
+            f"which is kept in {path}: its ids mean something else"
+        )
+    saved = json.loads((model_dir / "model.json").read_text()).get("text_files_shards")
+    if saved != text_files_shards(data.provider):
+        raise UsageError(
+            f"the files of TEXT_FILES_PATTERN are no longer those that {str(model_dir)!r} began "
+            "with: put them back, or use another MODEL_DIR"
+        )
+
+
 def _write_run_files(
     model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input
 ) -> None:
     """Writes config.gin and model.json, before anything else of a run."""
-    from t5x_lite.data import vocabulary_description
+    from t5x_lite.data import text_files_shards, vocabulary_content, vocabulary_description
 
     description = {
         "architecture": {"family": "t5", **config.model.to_dict()},
@@ -297,8 +342,12 @@ def _write_run_files(
         "task": config.data.mixture_or_task_name,
         "feature_lengths": dict(config.data.task_feature_lengths),
         "vocabulary": vocabulary_description(data.provider),
+        "text_files_shards": text_files_shards(data.provider),
     }
+    content = vocabulary_content(data.provider)
     try:
+        if content is not None:
+            files.write_atomically(model_dir / VOCABULARY_FILE, content)
         files.write_atomically(model_dir / "config.gin", config_text.encode())
         text = json.dumps(description, indent=2) + "\n"
         files.write_atomically(model_dir / "model.json", text.encode())

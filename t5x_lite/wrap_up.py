@@ -14,11 +14,13 @@ _UNIGRAM_EXAMPLES = 20_000
 
 
 def is_finished(model_dir: epath.Path, config: TrainConfig, step: int) -> bool:
-    """True if `finish` has come to its end; a run can be killed after its last checkpoint."""
-    last = [model_dir / "report.html"]
-    if config.num_sample_predictions:
-        last.append(_inference_path(model_dir, config, step))
-    return all(path.exists() for path in last)
+    """True if `finish` has come to its end for this step; a run can be killed before that."""
+    baselines, report_page = model_dir / "metrics" / "baselines.json", model_dir / "report.html"
+    if not baselines.exists() or json.loads(baselines.read_text()).get("step") != step:
+        return False
+    if config.num_sample_predictions and not _inference_path(model_dir, config, step).exists():
+        return False
+    return report_page.exists() and report_page.stat().mtime >= baselines.stat().mtime
 
 
 def _inference_path(model_dir: epath.Path, config: TrainConfig, step: int) -> epath.Path:
@@ -40,13 +42,13 @@ def finish(
         config.data, opened.provider, config.model.vocab_size, _UNIGRAM_EXAMPLES
     )
     baseline = evaluate.unigram_loss(counts, opened.evaluation, opened.text_ids_V)
-    text = json.dumps({"unigram_loss": baseline}) + "\n"
-    files.write_atomically(model_dir / "metrics" / "baselines.json", text.encode())
     predictions = _sample_predictions(config, opened, state)
     if predictions:
         lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
         files.write_atomically(_inference_path(model_dir, config, int(state.step)), lines.encode())
-    report.write_report(model_dir)
+    text = json.dumps({"step": int(state.step), "unigram_loss": baseline}) + "\n"
+    files.write_atomically(model_dir / "metrics" / "baselines.json", text.encode())
+    report.write_report(model_dir)  # last: `is_finished` looks for it
 
     print(f"\nthe run is complete: step {int(state.step)} of {config.train_steps}")
     for prediction in predictions:

@@ -22,7 +22,7 @@ from tasks import cache
 SPLITS = ("train", "validation")
 SHARD_BYTES = 64 << 20  # of text; many shards so that they can be shuffled and shared by hosts
 _FORMAT_VERSION = 1  # to be raised with any change to what a shard holds
-_JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+_JSON_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,9 @@ def convert(
 def _convert_once(file: str, field: str | None, validation_share: float) -> _Converted:
     """Converts a file, unless that is done: the summary, written last, says so."""
     if field is None and file.lower().endswith(_JSON_SUFFIXES):
-        raise UsageError(f"{file} is JSONL: TEXT_FILES_FIELD must name the field with the text")
+        raise UsageError(
+            f"{file} is JSON lines by its name: TEXT_FILES_FIELD must name the field with the text"
+        )
     try:
         stat = tf.io.gfile.stat(file)
     except tf.errors.OpError as e:

@@ -77,7 +77,7 @@ def arrays(model_dir: pathlib.Path, step: int, part: str) -> dict[str, tuple[str
 
 
 def assert_same_state(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    """Parameters, optimizer state and input position are equal, bit for bit."""
+    """Parameters and optimizer state are equal, bit for bit."""
     for part in ("params", "optimizer"):
         expected = arrays(one, step, part)
         assert expected

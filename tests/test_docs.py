@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from t5x_lite.__main__ import main
-from tasks import python_docs
+from tasks import cache, python_docs
 
 
 def commands(text: str) -> list[list[str]]:
@@ -46,6 +46,9 @@ def test_your_text(repo, tmp_path, monkeypatch, capfd):
 def test_readme(repo, shared_data, tmp_path, monkeypatch, capfd):
     """Training runs dry here: the model is too large for a test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("T5X_LITE_CACHE", str(cache.cache_dir()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tensorflow_datasets").symlink_to(shared_data / "tfds")
     found = commands((repo / "README.md").read_text())
     assert {argv[0] for argv in found} == {"train", "tasks"}
     vocabulary = shared_data / "vocabs" / "t5_sentencepiece_32000.model"
@@ -53,8 +56,7 @@ def test_readme(repo, shared_data, tmp_path, monkeypatch, capfd):
         assert gin_files_are_there(repo, argv)
         if argv[0] == "train":
             argv = [
-                *(a for a in argv if not a.startswith("--tfds_data_dir")),
-                f"--tfds_data_dir={shared_data / 'tfds'}",
+                *argv,
                 f"--gin.VOCABULARY_FILE='{vocabulary}'",
                 "--gin.BATCH_SIZE=4",
                 "--dry_run",

@@ -13,7 +13,6 @@ PACKAGE = REPO / "t5x_lite"
 # Pure JAX: these also run on a bare GPU machine.
 PURE = {"models", "losses", "step", "decoding", "optimizers", "partitioning"}
 PURE_MAY_IMPORT = {"jax", "flax", "optax", "numpy"}
-# The rooms that know gin, seqio or TensorFlow, or hand over to one that does.
 # The command line, the rooms that may load TensorFlow and seqio, and those that load these.
 SEQIO_ROOMS = {"data", "packing", "inspect_tasks", "task_stages", "vocab"}
 EDGE = SEQIO_ROOMS | {"__main__", "gin_utils", "wrap_up"}

@@ -243,7 +243,10 @@ def _apply_layers(
         return layer(x, *context, fold(key, index))
 
     if config.remat_policy != "none":
-        body = jax.checkpoint(body, policy=_REMAT[config.remat_policy])
+        # In a scan nothing can undo the recomputation, which the barriers are against otherwise.
+        body = jax.checkpoint(
+            body, policy=_REMAT[config.remat_policy], prevent_cse=not config.scan_layers
+        )
     count = _num_layers(config)[stack]
     if config.scan_layers:
 
