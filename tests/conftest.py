@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -24,3 +26,17 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no ../shared/data beside the checkout ({path.parent.name}/ is not there)")
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def default_configuration() -> Iterator[None]:
+    """What a module's tests have told `tasks` about files is forgotten after it."""
+    yield
+    if "tasks" in sys.modules:
+        import seqio
+
+        from tasks import text_files, vocabularies
+
+        vocabularies.set_default_file(vocabularies.T5_VOCABULARY_FILE)
+        seqio.set_tfds_data_dir_override(None)
+        text_files._configured = None
