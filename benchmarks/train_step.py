@@ -86,6 +86,7 @@ def make_transformers(config: TrainConfig) -> Callable[[], None]:
             feed_forward_proj="gated-gelu",
             tie_word_embeddings=False,
             dropout_rate=model_config.dropout_rate,
+            decoder_start_token_id=0,
         )
     )
     optimizer = transformers.Adafactor(peer.parameters())

@@ -322,8 +322,9 @@ def _check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
             f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
             f"which is kept in {path}: its ids mean something else"
         )
-    saved = json.loads((model_dir / "model.json").read_text()).get("text_files_shards")
-    if saved != text_files_shards(data.provider):
+    path = model_dir / "model.json"
+    saved = json.loads(path.read_text()).get("text_files_shards") if path.exists() else None
+    if saved is not None and saved != text_files_shards(data.provider):
         raise UsageError(
             f"the files of TEXT_FILES_PATTERN are no longer those that {str(model_dir)!r} began "
             "with: put them back, or use another MODEL_DIR"

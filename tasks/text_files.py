@@ -150,13 +150,6 @@ def _get_configured() -> TextFiles:
     return _configured
 
 
-def register(
-    name: str, files: TextFiles, vocabulary: seqio.Vocabulary = vocabularies.DEFAULT
-) -> list[str]:
-    """Registers `<name>_span_corruption` and so on over `files`; returns the names of the tasks."""
-    return registration.register_objectives(name, TextFilesSource(lambda: files), vocabulary)
-
-
 def register_configured() -> None:
     """Registers `text_files_span_corruption` and its siblings, over what `configure` sets later."""
     registration.register_objectives(
