@@ -96,6 +96,7 @@ class Checkpoints:
         self._directory = epath.Path(directory)
         self._keep = keep
         self._keep_every = keep_every
+        self._pinned: int | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._pending: tuple[int, Future[None]] | None = None
         self._intact: dict[int, bool] = {}  # what process 0 has written or checked so far
@@ -145,6 +146,13 @@ class Checkpoints:
         except OSError as error:
             raise _save_failed(path, error) from error
         self._pending = (step, self._executor.submit(self._commit, response, step, target))
+
+    def pin(self, step: int | None) -> None:
+        """Keeps this step, whatever its age, until another one is pinned.
+
+        A save that is under way may still go by the pin before: `wait` for it first.
+        """
+        self._pinned = step
 
     def wait(self) -> None:
         """Returns when everything that was saved is committed and its digests are written.
@@ -258,7 +266,7 @@ class Checkpoints:
             self._delete_old(self._keep, step)
 
     def _delete_old(self, keep: int, saved: int) -> None:
-        """Deletes intact steps that are neither among the newest `keep` intact ones nor multiples.
+        """Deletes intact steps that are not among the newest `keep`, nor multiples, nor pinned.
 
         Steps left by earlier processes are checked before they count or go, once per process.
         Damaged ones do neither.
@@ -271,7 +279,9 @@ class Checkpoints:
                     delete(path)
                 elif num_newest < keep:
                     num_newest += self._is_intact(step)
-                elif step == saved or (self._keep_every and step % self._keep_every == 0):
+                elif step in (saved, self._pinned):
+                    continue
+                elif self._keep_every and step % self._keep_every == 0:
                     continue
                 elif self._is_intact(step):
                     delete(path)

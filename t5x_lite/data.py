@@ -275,10 +275,30 @@ def examples(
 
 
 def eval_examples(
-    config: DataConfig, provider: Provider, num_examples: int
+    config: DataConfig, provider: Provider, num_examples: int | None, split: str | None = None
 ) -> list[Mapping[str, np.ndarray]]:
-    """The first examples of the evaluation split, with the noise of every evaluation."""
-    return list(examples(config, provider, config.eval_split, num_examples, _EVAL_SEED))
+    """The first examples of the evaluation split, or another, with the noise of every evaluation.
+
+    Those of a task have all their fields, those of a mixture its features alone.
+    """
+    split = config.eval_split if split is None else split
+    return list(examples(config, provider, split, num_examples, _EVAL_SEED))
+
+
+def target_texts(
+    config: DataConfig, task: seqio.Task, split: str, num_examples: int
+) -> list[str]:
+    """The targets of the first examples of a task's split, as text."""
+    found = examples(config, task, split, num_examples, _EVAL_SEED)
+    return [text(example, "targets", target_vocabulary(task)) for example in found]
+
+
+def text(example: Mapping[str, Any], feature: str, vocabulary: seqio.Vocabulary) -> str:
+    """A feature of an example before it became ids, or what its ids say."""
+    found = example.get(f"{feature}_pretokenized")
+    if found is None:
+        return vocabulary.decode([int(i) for i in example[feature]])
+    return found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
 
 
 def token_counts(

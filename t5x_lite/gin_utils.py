@@ -12,10 +12,11 @@ from typing import Any
 import gin
 from etils import epath
 
+from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.models.config import T5Config
 from t5x_lite.optimizers import OptimizerConfig
-from t5x_lite.run_config import DataConfig, TrainConfig
+from t5x_lite.run_config import DataConfig, EvalConfig, TrainConfig
 from t5x_lite.step import LossConfig
 
 _REQUIRED = "%gin.REQUIRED"
@@ -26,7 +27,15 @@ _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 
 _CONFIGURABLES = {
     cls.__name__: gin.external_configurable(cls, module="t5x_lite")
-    for cls in (T5Config, OptimizerConfig, LossConfig, DataConfig, TrainConfig)
+    for cls in (
+        T5Config,
+        OptimizerConfig,
+        LossConfig,
+        DataConfig,
+        DecodeConfig,
+        EvalConfig,
+        TrainConfig,
+    )
 }
 # Gin's own readers know no object store, and look for includes in Python packages, where they fall
 # over any directory that is called as the file's.

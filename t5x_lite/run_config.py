@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models.config import T5Config
 from t5x_lite.optimizers import OptimizerConfig
@@ -30,6 +31,7 @@ class DataConfig:
       vocabulary_file: a SentencePiece model or "bytes", for tasks without a vocabulary of their
         own; None is T5's.
       tfds_data_dir: where TFDS looks for prepared data sets; None is its own default.
+      tfds_versions: versions to read instead of TFDS's current ones, {"glue": "1.0.0"}.
       text_files_pattern: files for the tasks called `text_files_*`: text, JSON lines, or gzip of
         either.
       text_files_field: the field of a JSON line that holds the text; None for plain text.
@@ -48,6 +50,7 @@ class DataConfig:
     use_cached_tasks: bool = False
     vocabulary_file: str | None = None
     tfds_data_dir: str | None = None
+    tfds_versions: Mapping[str, str] | None = None
     text_files_pattern: str | None = None
     text_files_field: str | None = None
     text_files_validation_pattern: str | None = None
@@ -90,6 +93,38 @@ def parse_feature_lengths(text: str) -> dict[str, int]:
     return lengths
 
 
+EVAL_MODES = ("generate", "rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How tasks with metrics are evaluated; the loss is measured on every task.
+
+    Attributes:
+      mode: "generate" compares what the model writes; "rank" takes, of a task's classes, the one
+        that the model finds likeliest, so that every answer is one.
+      decode: how it writes.
+      num_examples: the first examples of each task's split; None for all.
+      batch_size: rows decoded at a time; None is that of the training.
+    """
+
+    mode: str = "generate"
+    decode: DecodeConfig = DecodeConfig()
+    num_examples: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError on a mode or a count that is none."""
+        if self.mode not in EVAL_MODES:
+            raise UsageError(f"EVAL_MODE = {self.mode!r}: allowed are {', '.join(EVAL_MODES)}")
+        for macro, value in (
+            ("EVAL_NUM_EXAMPLES", self.num_examples),
+            ("EVAL_BATCH_SIZE", self.batch_size),
+        ):
+            if value is not None and not _is_count(value):
+                raise UsageError(f"{macro} = {value!r}: must be None or an integer of at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run.
@@ -102,8 +137,14 @@ class TrainConfig:
       data: the examples.
       train_steps: the step at which the run is complete.
       random_seed: fixes initialisation, dropout and the order of examples.
+      evaluation: how tasks with metrics are evaluated.
       eval_period: steps between evaluations; 0 for none before the end.
-      eval_steps: batches of an evaluation; None for the whole split.
+      eval_steps: batches of which the loss is measured; None for the whole split.
+      best_metric: the checkpoint where this is best is kept, and named in best.json:
+        "validation/loss", "glue_sst2_v002/accuracy"; None keeps none.
+      best_metric_mode: "max" or "min"; None: "min" if its name ends in "loss", else "max".
+      early_stopping_patience: evaluations in a row that are no better than the best one before,
+        after which the run is complete; None for never.
       checkpoint_period: steps between checkpoints; the last step is always saved.
       checkpoint_keep: how many of the newest checkpoints stay; None for all.
       checkpoint_keep_every: steps divisible by this stay for ever.
@@ -121,8 +162,12 @@ class TrainConfig:
     data: DataConfig
     train_steps: int
     random_seed: int = 0
+    evaluation: EvalConfig = EvalConfig()
     eval_period: int = 1000
     eval_steps: int | None = 20
+    best_metric: str | None = None
+    best_metric_mode: str | None = None
+    early_stopping_patience: int | None = None
     checkpoint_period: int = 1000
     checkpoint_keep: int | None = None
     checkpoint_keep_every: int | None = None
@@ -143,15 +188,16 @@ class TrainConfig:
             ("RANDOM_SEED", self.random_seed, 0),
             ("EVAL_PERIOD", self.eval_period, 0),
             ("EVAL_STEPS", self.eval_steps, 1),
+            ("EARLY_STOPPING_PATIENCE", self.early_stopping_patience, 1),
             ("CHECKPOINT_PERIOD", self.checkpoint_period, 1),
             ("CHECKPOINT_KEEP", self.checkpoint_keep, 1),
             ("CHECKPOINT_KEEP_EVERY", self.checkpoint_keep_every, 1),
             ("LOG_PERIOD", self.log_period, 1),
             ("NUM_SAMPLE_PREDICTIONS", self.num_sample_predictions, 0),
         ):
-            optional = macro in ("EVAL_STEPS", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY")
-            if not (value is None and optional) and not _is_count(value, least):
+            if not (value is None and macro in _OPTIONAL) and not _is_count(value, least):
                 raise UsageError(f"{macro} = {value!r}: must be an integer of at least {least}")
+        self._check_best_metric()
         if self.mesh is not None and not (
             isinstance(self.mesh, Mapping) and all(_is_count(n) for n in self.mesh.values())
         ):
@@ -169,6 +215,29 @@ class TrainConfig:
                 f"PROFILE_STEPS = {steps!r}: give the first and the last step, like (10, 12)"
             )
 
+    def _check_best_metric(self) -> None:
+        if self.best_metric is not None and not all(self.best_metric.partition("/")):
+            raise UsageError(
+                f"BEST_METRIC = {self.best_metric!r}: give a series and a metric, like "
+                "'validation/loss' or 'glue_sst2_v002/accuracy'"
+            )
+        if self.best_metric_mode not in (None, "max", "min"):
+            raise UsageError(
+                f"BEST_METRIC_MODE = {self.best_metric_mode!r}: allowed are 'max', 'min' and None"
+            )
+        if self.early_stopping_patience is not None and self.best_metric is None:
+            raise UsageError(
+                f"EARLY_STOPPING_PATIENCE = {self.early_stopping_patience}: needs a BEST_METRIC to "
+                "watch, like 'validation/loss'"
+            )
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether the best value of `best_metric` is the largest."""
+        if self.best_metric_mode is None:
+            return not (self.best_metric or "").endswith("loss")
+        return self.best_metric_mode == "max"
+
     def check_batch_divides(self, num_data_shards: int) -> None:
         """Raises UsageError unless each device gets the same number of rows in each microbatch."""
         pieces = num_data_shards * self.loss.num_microbatches
@@ -180,6 +249,13 @@ class TrainConfig:
             )
 
 
+_OPTIONAL = {
+    "EVAL_STEPS",
+    "EARLY_STOPPING_PATIENCE",
+    "CHECKPOINT_KEEP",
+    "CHECKPOINT_KEEP_EVERY",
+}
+
 # What may differ between two starts of one run: how long it goes and what it writes, never what it
 # computes. The mesh and the places may change since parameters and examples do not depend on them.
 MAY_CHANGE = frozenset(
@@ -188,6 +264,12 @@ MAY_CHANGE = frozenset(
         "TrainConfig.train_steps",
         "TrainConfig.eval_period",
         "TrainConfig.eval_steps",
+        "TrainConfig.best_metric",
+        "TrainConfig.best_metric_mode",
+        "TrainConfig.early_stopping_patience",
+        "EvalConfig.mode",
+        "EvalConfig.num_examples",
+        "EvalConfig.batch_size",
         "TrainConfig.checkpoint_period",
         "TrainConfig.checkpoint_keep",
         "TrainConfig.checkpoint_keep_every",
@@ -212,7 +294,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [
         f"{name}: {before[name]!r} -> {after[name]!r}"
         for name in before
-        if name not in MAY_CHANGE and before[name] != after[name]
+        if not _may_change(name) and before[name] != after[name]
     ]
 
 
@@ -227,8 +309,12 @@ def check_same_run(saved: TrainConfig, config: TrainConfig) -> None:
         raise UsageError(
             f"MODEL_DIR = {config.model_dir!r} holds a run with another configuration: "
             f"{'; '.join(changed)}. Use another MODEL_DIR, or the run's own bindings (only "
-            "TRAIN_STEPS, periods, logging, MESH and --tfds_data_dir may change)"
+            "TRAIN_STEPS, periods, evaluation, logging, MESH and --tfds_data_dir may change)"
         )
+
+
+def _may_change(name: str) -> bool:
+    return name in MAY_CHANGE or name.startswith("DecodeConfig.")
 
 
 def _flatten(config: Any) -> dict[str, Any]:

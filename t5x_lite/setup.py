@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from t5x_lite import optimizers, partitioning, step
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
-from t5x_lite.run_config import TrainConfig
+from t5x_lite.run_config import TrainConfig, eval_name
 
 if TYPE_CHECKING:
-    from t5x_lite import data
+    from t5x_lite import data, task_evaluation
 
 # What TensorFlow's and CUDA's libraries say of themselves while they load, at any log level.
 _NATIVE_NOTE = re.compile(
@@ -36,12 +36,14 @@ class Input(NamedTuple):
       provider: the seqio task or mixture.
       train: this host's rows, endlessly.
       evaluation: this host's rows of the validation split.
+      eval_tasks: the examples of each task that has metrics.
       text_ids_V: bool, the ids that are text.
     """
 
     provider: Any
     train: "data.TrainBatches"
     evaluation: "data.EvalBatches"
+    eval_tasks: "list[task_evaluation.EvalTask]"
     text_ids_V: np.ndarray
 
 
@@ -68,7 +70,7 @@ class Programs(NamedTuple):
 def open_input(config: TrainConfig) -> Input:
     """Opens the data; raises UsageError for whatever is wrong with it."""
     with without_native_notes():
-        from t5x_lite import data  # seconds of TensorFlow
+        from t5x_lite import data, task_evaluation  # seconds of TensorFlow
 
     data.configure(config.data)
     provider = data.check(config.data, config.model.vocab_size)
@@ -80,10 +82,17 @@ def open_input(config: TrainConfig) -> Input:
             f"{provider.name}: the split {config.data.eval_split!r} gives no row of "
             f"{dict(config.data.task_feature_lengths)} to evaluate on"
         )
+    how = config.evaluation
+    eval_tasks = task_evaluation.open_tasks(
+        config.data, provider, config.data.eval_split, how.num_examples, how.mode
+    )
+    if config.best_metric is not None:
+        task_evaluation.check_metric(config.best_metric, eval_tasks, eval_name(config))
     return Input(
         provider,
         train,
         evaluation,
+        eval_tasks,
         data.text_ids(provider, config.model.vocab_size),
     )
 

@@ -3,11 +3,7 @@
 What a run leaves in MODEL_DIR is described in docs/model_dir.md.
 """
 
-import itertools
-import json
 import math
-import os
-import pathlib
 import signal
 import threading
 import time
@@ -21,21 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from t5x_lite import evaluate, files, partitioning, setup
+from t5x_lite import best, partitioning, run_files, setup
 from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
 from t5x_lite.errors import Failure, UsageError
-from t5x_lite.metrics import MetricWriter, read_metrics, summarize
+from t5x_lite.evaluator import Evaluator
+from t5x_lite.metrics import MetricWriter, summarize
 from t5x_lite.models import t5
 from t5x_lite.progress import Progress
-from t5x_lite.run_config import TrainConfig, eval_name
+from t5x_lite.run_config import TrainConfig
 from t5x_lite.step import TrainState
 
 # Steps that may be under way on the device before the host looks at the oldest one's loss.
 _STEPS_IN_FLIGHT = 2
-
-
-# A copy of the SentencePiece model in MODEL_DIR: the run can be read without the original.
-VOCABULARY_FILE = "vocabulary.model"
 
 
 class NonFiniteLossError(Failure):
@@ -65,7 +58,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     if jax.process_count() > 1:
         raise UsageError("training in several processes is not built yet: start one")
     model_dir = epath.Path(config.model_dir)
-    _check_writable(config.model_dir)
+    run_files.check_writable(config.model_dir)
     setup.make_mesh(config)  # what can be refused at once is
     checkpoints = Checkpoints(
         (model_dir / "checkpoints").resolve(),
@@ -85,26 +78,29 @@ def train(config: TrainConfig, config_text: str) -> None:
             start = restored.step
             if restored.input_state is None:
                 raise UsageError(f"the checkpoint of step {start} has no input position")
-            _check_same_text(model_dir, data)
+            run_files.check_same_text(model_dir, data)
             data.train.restore(restored.input_state)
-            if start >= config.train_steps and wrap_up.is_finished(model_dir, config, start):
+            if wrap_up.is_finished(model_dir, config, start):
                 print(f"the run is complete: step {start} of {config.train_steps}")
                 wrap_up.print_places(model_dir)
                 return
             print(f"resuming after step {start} of {config.train_steps}", flush=True)
+        elif config.initial_checkpoint_path is not None:
+            run_files.check_initial_vocabulary(config.initial_checkpoint_path, data)
         if stop.is_set():
             raise Interrupted("stopped before the first step; nothing was written")
 
-        _write_run_files(model_dir, config, config_text, data)
+        run_files.write(model_dir, config, config_text, data)
         writer = MetricWriter(model_dir)
         writer.drop_after(start)
-        run = _Run(config, data, programs, checkpoints, writer, stop)
+        evaluator = Evaluator(config, data, programs, writer, stop.is_set)
+        run = _Run(config, data, programs, checkpoints, writer, evaluator, stop)
         try:
             state = _run_steps(run, state, start, jax.random.fold_in(key, 1))
         finally:
             writer.close()
             checkpoints.close()
-    wrap_up.finish(model_dir, config, data, state)
+    wrap_up.finish(model_dir, config, data, state, evaluator.predictor)
 
 
 def _first_state(
@@ -133,6 +129,7 @@ class _Run(NamedTuple):
     programs: setup.Programs
     checkpoints: Checkpoints
     writer: MetricWriter
+    evaluator: Evaluator
     stop: threading.Event
 
 
@@ -142,10 +139,15 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
     first_profiled, last_profiled = config.profile_steps or (0, 0)
     with Progress(config.train_steps, start) as progress:
         follower = _Follower(run, progress)
-        if start and _is_evaluated_after(config, start) and not _has_evaluation(run, start):
-            _evaluate(run, progress, start, state)  # killed between the checkpoint and this
         saved, profiling = start, False
+        if start:
+            _pin_best(run, start)
+            if _is_evaluated_after(config, start) and not run.evaluator.has_evaluated(start):
+                _evaluate(run, progress, start, state, saved)  # killed between the save and this
+        ended = best.is_exhausted(config.model_dir, config)
         for step in range(start + 1, config.train_steps + 1):
+            if ended:
+                break
             if first_profiled <= step <= last_profiled and not profiling:
                 jax.profiler.start_trace(str(epath.Path(config.model_dir) / "tensorboard"))
                 profiling = True
@@ -164,17 +166,16 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
                 profiling = False
             if last or step % config.checkpoint_period == 0:
                 follower.catch_up()  # nothing is saved after a loss that is no number
-                _save(run, step, state, batch)
-                saved = step
+                saved = _save(run, step, state, batch)
             if not stopping and _is_evaluated_after(config, step):
                 follower.catch_up()
                 began = time.monotonic()
-                _evaluate(run, progress, step, state)
+                saved = _evaluate(run, progress, step, state, saved, batch)
                 follower.leave_out(time.monotonic() - began)
                 stopping = run.stop.is_set()
-                if stopping and saved < step:
-                    _save(run, step, state, batch)
-                    saved = step
+                ended = best.is_exhausted(config.model_dir, config)
+                if saved < step and (stopping or ended):
+                    saved = _save(run, step, state, batch)
             if stopping:
                 break
         run.checkpoints.wait()
@@ -186,12 +187,44 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
     return state
 
 
-def _save(run: _Run, step: int, state: TrainState, batch: Any) -> None:
+def _save(run: _Run, step: int, state: TrainState, batch: Any) -> int:
+    """Saves the step, in the background, and returns it."""
     if not _all_finite(state):
         problem = "the parameters are not finite after the update"
         raise NonFiniteLossError(_describe_batch(run, step, batch, problem))
     run.writer.flush()
     run.checkpoints.save(step, state, run.data.train.position())
+    return step
+
+
+def _evaluate(
+    run: _Run, progress: Progress, step: int, state: TrainState, saved: int, batch: Any = None
+) -> int:
+    """Evaluates the step, and keeps it if it is the best; returns the step that was saved last.
+
+    Nothing is written if the run is stopped meanwhile: the evaluation is made up for later.
+    """
+    lines = run.evaluator.evaluate(step, state.params)
+    for line in lines:
+        progress.message(line)
+    found = best.find(run.config.model_dir, run.config)
+    if not lines or found is None or found.step != step:
+        return saved
+    if saved < step:
+        saved = _save(run, step, state, batch)
+    run.checkpoints.wait()  # best.json names nothing that is not there, and the old one stays till then
+    best.write(run.config.model_dir, run.config, found)
+    run.checkpoints.pin(step)
+    return saved
+
+
+def _pin_best(run: _Run, start: int) -> None:
+    """Keeps the best of the checkpoints that a resumed run has."""
+    steps = [step for step in run.checkpoints.steps() if step <= start]
+    found = best.find(run.config.model_dir, run.config, steps)
+    if found is not None:
+        best.write(run.config.model_dir, run.config, found)
+        run.checkpoints.pin(found.step)
 
 
 def _is_evaluated_after(config: TrainConfig, step: int) -> bool:
@@ -249,30 +282,6 @@ class _Follower:
             self._tokens, self._steps, self._since = 0.0, 0, time.monotonic()
 
 
-def _evaluate(run: _Run, progress: Progress, step: int, state: TrainState) -> None:
-    """Writes a line of metrics, unless the run is stopped meanwhile: it is made up for later."""
-    values = evaluate.evaluate_loss(
-        run.programs.eval_step,
-        state.params,
-        itertools.takewhile(lambda _: not run.stop.is_set(), run.data.evaluation),
-        run.data.text_ids_V,
-        run.programs.mesh,
-    )
-    if run.stop.is_set():
-        return
-    split = eval_name(run.config)
-    run.writer.write(split, step, values)
-    progress.message(
-        f"step {step}  {split} loss {values['loss']:.4f}  text {values['text_loss']:.4f}  "
-        f"accuracy {values['accuracy']:.4f}"
-    )
-
-
-def _has_evaluation(run: _Run, step: int) -> bool:
-    path = epath.Path(run.config.model_dir) / "metrics" / f"{eval_name(run.config)}.jsonl"
-    return path.exists() and any(record["step"] == step for record in read_metrics(path))
-
-
 def _describe_batch(run: _Run, step: int, batch: Any, problem: str) -> str:
     from t5x_lite import data
 
@@ -291,69 +300,6 @@ def _describe_batch(run: _Run, step: int, batch: Any, problem: str) -> str:
 
 
 # ---- before and after the loop -------------------------------------------------------------------
-
-
-def _check_writable(model_dir: str) -> None:
-    """Raises UsageError if MODEL_DIR cannot be written or made; writes nothing."""
-    if not files.is_local(model_dir):
-        return
-    path = pathlib.Path(model_dir).absolute()
-    while not path.exists():
-        path = path.parent
-    problem = None
-    if not path.is_dir():
-        problem = f"{path} is not a directory"
-    elif not os.access(path, os.W_OK | os.X_OK):
-        problem = f"no permission to write in {path}"
-    if problem:
-        raise UsageError(f"MODEL_DIR = {model_dir!r} cannot be written: {problem}")
-
-
-def _check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
-    """Refuses to go on with other ids or other text than the run began with.
-
-    The gin bindings name files; what is in them can change under the same name.
-    """
-    from t5x_lite.data import text_files_shards, vocabulary_content
-
-    path = model_dir / VOCABULARY_FILE
-    if path.exists() and path.read_bytes() != vocabulary_content(data.provider):
-        raise UsageError(
-            f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
-            f"which is kept in {path}: its ids mean something else"
-        )
-    path = model_dir / "model.json"
-    saved = json.loads(path.read_text()).get("text_files_shards") if path.exists() else None
-    if saved is not None and saved != text_files_shards(data.provider):
-        raise UsageError(
-            f"the files of TEXT_FILES_PATTERN are no longer those that {str(model_dir)!r} began "
-            "with: put them back, or use another MODEL_DIR"
-        )
-
-
-def _write_run_files(
-    model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input
-) -> None:
-    """Writes config.gin and model.json, before anything else of a run."""
-    from t5x_lite.data import text_files_shards, vocabulary_content, vocabulary_description
-
-    description = {
-        "architecture": {"family": "t5", **config.model.to_dict()},
-        "num_parameters": t5.num_parameters(config.model),
-        "task": config.data.mixture_or_task_name,
-        "feature_lengths": dict(config.data.task_feature_lengths),
-        "vocabulary": vocabulary_description(data.provider),
-        "text_files_shards": text_files_shards(data.provider),
-    }
-    content = vocabulary_content(data.provider)
-    try:
-        if content is not None:
-            files.write_atomically(model_dir / VOCABULARY_FILE, content)
-        files.write_atomically(model_dir / "config.gin", config_text.encode())
-        text = json.dumps(description, indent=2) + "\n"
-        files.write_atomically(model_dir / "model.json", text.encode())
-    except OSError as e:
-        raise UsageError(f"MODEL_DIR = {str(model_dir)!r} cannot be written: {e.strerror}") from e
 
 
 @contextmanager
@@ -383,7 +329,7 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
       UsageError: as `train` would.
     """
-    _check_writable(config.model_dir)
+    run_files.check_writable(config.model_dir)
     setup.make_mesh(config)
     programs = setup.make_programs(config, compile_train_step=False)
     data = setup.open_input(config)

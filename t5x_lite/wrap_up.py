@@ -1,11 +1,13 @@
-"""The end of a run: the baseline, a few predictions, the report, and where everything is."""
+"""The end of a run: baselines, a few predictions, the report, and where everything is."""
 
 import json
+from typing import Any
 
 from etils import epath
 
-from t5x_lite import data, evaluate, files, report, setup
+from t5x_lite import baselines, best, data, evaluate, files, report, setup
 from t5x_lite.metrics import read_metrics
+from t5x_lite.predict import Predictor
 from t5x_lite.run_config import TrainConfig, eval_name
 from t5x_lite.step import TrainState
 
@@ -14,53 +16,83 @@ _UNIGRAM_EXAMPLES = 20_000
 
 
 def is_finished(model_dir: epath.Path, config: TrainConfig, step: int) -> bool:
-    """True if `finish` has come to its end for this step; a run can be killed before that."""
-    baselines, report_page = model_dir / "metrics" / "baselines.json", model_dir / "report.html"
-    if not baselines.exists() or json.loads(baselines.read_text()).get("step") != step:
-        return False
-    if config.num_sample_predictions and not _inference_path(model_dir, config, step).exists():
-        return False
-    return report_page.exists() and report_page.stat().mtime >= baselines.stat().mtime
+    """True if the run ends at this step and `finish` has come to its end for it.
 
-
-def _inference_path(model_dir: epath.Path, config: TrainConfig, step: int) -> epath.Path:
-    return model_dir / "inference" / f"{config.data.mixture_or_task_name}-{step}.jsonl"
+    A run can be killed before that.
+    """
+    if step < config.train_steps and not best.is_exhausted(model_dir, config):
+        return False
+    measured, report_page = model_dir / "metrics" / "baselines.json", model_dir / "report.html"
+    if not measured.exists() or json.loads(measured.read_text()).get("step") != step:
+        return False
+    if config.num_sample_predictions and not list(
+        (model_dir / "inference").glob(f"*-{step}.jsonl")
+    ):
+        return False
+    return report_page.exists() and report_page.stat().mtime >= measured.stat().mtime
 
 
 def finish(
-    model_dir: epath.Path, config: TrainConfig, opened: setup.Input, state: TrainState
+    model_dir: epath.Path,
+    config: TrainConfig,
+    opened: setup.Input,
+    state: TrainState,
+    predictor: Predictor,
 ) -> None:
-    """Writes the unigram baseline, predictions and the report, and prints what they say.
+    """Writes baselines, predictions and the report, and prints what they say.
 
     Args:
       model_dir: where to.
       config: the run.
       opened: its data.
       state: its last state.
+      predictor: decodes.
     """
+    step = int(state.step)
     counts = data.token_counts(
         config.data, opened.provider, config.model.vocab_size, _UNIGRAM_EXAMPLES
     )
-    baseline = evaluate.unigram_loss(counts, opened.evaluation, opened.text_ids_V)
-    predictions = _sample_predictions(config, opened, state)
-    if predictions:
-        lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        files.write_atomically(_inference_path(model_dir, config, int(state.step)), lines.encode())
-    text = json.dumps({"step": int(state.step), "unigram_loss": baseline}) + "\n"
+    unigram_loss = evaluate.unigram_loss(counts, opened.evaluation, opened.text_ids_V)
+    found = {task.series: baselines.measure(config.data, task) for task in opened.eval_tasks}
+    if not opened.eval_tasks and config.num_sample_predictions:
+        name = config.data.mixture_or_task_name
+        lines = _sample_predictions(config, opened, state, predictor)
+        files.write_atomically(
+            model_dir / "inference" / f"{name}-{step}.jsonl",
+            "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in lines).encode(),
+        )
+    content: dict[str, Any] = {"step": step, "unigram_loss": unigram_loss}
+    content["tasks"] = {series: b._asdict() for series, b in found.items() if b is not None}
+    text = json.dumps(content) + "\n"
     files.write_atomically(model_dir / "metrics" / "baselines.json", text.encode())
     report.write_report(model_dir)  # last: `is_finished` looks for it
+    _print_outcome(model_dir, config, step, content)
 
-    print(f"\nthe run is complete: step {int(state.step)} of {config.train_steps}")
-    for prediction in predictions:
-        print()
-        for field in ("inputs", "targets", "prediction"):
-            print(f"  {field:10}  {prediction[field][:300]}")
+
+def _print_outcome(
+    model_dir: epath.Path, config: TrainConfig, step: int, measured: dict[str, Any]
+) -> None:
+    stopped = "" if step >= config.train_steps else ", stopped early"
+    print(f"\nthe run is complete: step {step} of {config.train_steps}{stopped}")
+    for path in sorted((model_dir / "inference").glob(f"*-{step}.jsonl")):
+        for line in path.read_text().splitlines()[: config.num_sample_predictions]:
+            prediction = json.loads(line)
+            print()
+            for field in ("inputs", "targets", "prediction"):
+                print(f"  {field:10}  {str(prediction.get(field, ''))[:300]}")
     split = eval_name(config)
-    found = read_metrics(model_dir / "metrics" / f"{split}.jsonl")[-1]["text_loss"]
+    loss = read_metrics(model_dir / "metrics" / f"{split}.jsonl")[-1]["text_loss"]
     print(
-        f"\n{split} loss over text tokens {found:.3f} nats; a unigram model of the same tokens "
-        f"{baseline:.3f}"
+        f"\n{split} loss over text tokens {loss:.3f} nats; a unigram model of the same tokens "
+        f"{measured['unigram_loss']:.3f}"
     )
+    for series, baseline in measured["tasks"].items():
+        last = read_metrics(model_dir / "metrics" / f"{series}.jsonl")[-1]
+        for metric, value in baseline["metrics"].items():
+            print(f"{series} {metric} {last[metric]:.1f}; {baseline['name']} {value:.1f}")
+    kept = best.find(model_dir, config)
+    if kept is not None:
+        print(f"best {config.best_metric} {kept.value:.4g}, at step {kept.step}, which is kept")
     print_places(model_dir)
 
 
@@ -71,23 +103,16 @@ def print_places(model_dir: epath.Path) -> None:
 
 
 def _sample_predictions(
-    config: TrainConfig, opened: setup.Input, state: TrainState
+    config: TrainConfig, opened: setup.Input, state: TrainState, predictor: Predictor
 ) -> list[dict[str, str]]:
-    count = config.num_sample_predictions
-    examples = data.eval_examples(config.data, opened.provider, count) if count else []
-    if not examples:
-        return []
-    lengths = config.data.task_feature_lengths
-    inputs = [example["inputs"] for example in examples]
-    predicted = evaluate.predict(
-        config.model, state.params, inputs, lengths["inputs"], lengths["targets"]
-    )
+    examples = data.eval_examples(config.data, opened.provider, config.num_sample_predictions)
+    predicted = predictor.generate(state.params, [example["inputs"] for example in examples])
     vocabulary = data.target_vocabulary(opened.provider)
     return [
         {
             "inputs": data.decode(vocabulary, example["inputs"]),
             "targets": data.decode(vocabulary, example["targets"]),
-            "prediction": data.decode(vocabulary, ids),
+            "prediction": data.decode(vocabulary, prediction.ids[0]),
         }
-        for example, ids in zip(examples, predicted, strict=True)
+        for example, prediction in zip(examples, predicted, strict=True)
     ]

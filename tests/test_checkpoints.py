@@ -227,6 +227,19 @@ def test_retention(tmp_path, keep, keep_every, kept):
     assert names_in(tmp_path) == [str(step) for step in kept]
 
 
+def test_a_pinned_step_stays_until_another_is_pinned(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    kept = []
+    for step in range(1, 6):
+        checkpoints.save(step, make_state(step), None)
+        checkpoints.wait()
+        if step in (2, 4):
+            checkpoints.pin(step)
+        kept.append(names_in(tmp_path))
+    checkpoints.close()
+    assert kept == [["1"], ["2"], ["2", "3"], ["2", "4"], ["4", "5"]]
+
+
 def test_retention_rejects_numbers_below_one(tmp_path):
     with pytest.raises(UsageError, match="keep is 0"):
         Checkpoints(tmp_path, keep=0)

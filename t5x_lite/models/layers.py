@@ -224,18 +224,22 @@ class RelativePositionBias(nnx.Module):
         period = query_length + key_length
         distance = np.arange(period)
         distance[key_length:] -= period
+        by_distance = self.by_distance(distance)
+        num_heads = by_distance.shape[0]
+        rows = jnp.broadcast_to(by_distance[:, None], (num_heads, query_length, period))
+        shifted = rows.reshape(num_heads, -1)[:, : query_length * (period - 1)]
+        shifted = shifted.reshape(num_heads, query_length, period - 1)
+        return shifted[None, :, :, :key_length]
+
+    def by_distance(self, distance: np.ndarray) -> Array:
+        """The bias at each distance of `distance`, int [n]: float32 [H, n]."""
         bucket = relative_position_bucket(
             distance,
             bidirectional=self.bidirectional,
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        by_distance = self.rel_embedding[...][:, bucket]
-        num_heads = by_distance.shape[0]
-        rows = jnp.broadcast_to(by_distance[:, None], (num_heads, query_length, period))
-        shifted = rows.reshape(num_heads, -1)[:, : query_length * (period - 1)]
-        shifted = shifted.reshape(num_heads, query_length, period - 1)
-        return shifted[None, :, :, :key_length]
+        return self.rel_embedding[...][:, bucket]
 
 
 def relative_position_bucket(

@@ -1,0 +1,103 @@
+"""What a run is, left in MODEL_DIR before its first step: config.gin, model.json, vocabulary.model.
+
+`saved_run` reads it back.
+"""
+
+import json
+import os
+import pathlib
+
+from etils import epath
+
+from t5x_lite import files, setup
+from t5x_lite.errors import UsageError
+from t5x_lite.models import t5
+from t5x_lite.run_config import TrainConfig
+
+# A copy of the SentencePiece model: the run can be read without the original.
+VOCABULARY_FILE = "vocabulary.model"
+
+
+def check_writable(model_dir: str) -> None:
+    """Raises UsageError if MODEL_DIR cannot be written or made; writes nothing."""
+    if not files.is_local(model_dir):
+        return
+    path = pathlib.Path(model_dir).absolute()
+    while not path.exists():
+        path = path.parent
+    problem = None
+    if not path.is_dir():
+        problem = f"{path} is not a directory"
+    elif not os.access(path, os.W_OK | os.X_OK):
+        problem = f"no permission to write in {path}"
+    if problem:
+        raise UsageError(f"MODEL_DIR = {model_dir!r} cannot be written: {problem}")
+
+
+def check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
+    """Refuses to go on with other ids or other text than the run began with.
+
+    The gin bindings name files; what is in them can change under the same name.
+    """
+    from t5x_lite.data import text_files_shards, vocabulary_content
+
+    path = model_dir / VOCABULARY_FILE
+    if path.exists() and path.read_bytes() != vocabulary_content(data.provider):
+        raise UsageError(
+            f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
+            f"which is kept in {path}: its ids mean something else"
+        )
+    path = model_dir / "model.json"
+    saved = json.loads(path.read_text()).get("text_files_shards") if path.exists() else None
+    if saved is not None and saved != text_files_shards(data.provider):
+        raise UsageError(
+            f"the files of TEXT_FILES_PATTERN are no longer those that {str(model_dir)!r} began "
+            "with: put them back, or use another MODEL_DIR"
+        )
+
+
+def check_initial_vocabulary(path: str, data: setup.Input) -> None:
+    """Refuses to start from parameters that were trained with other ids than this run's.
+
+    Args:
+      path: INITIAL_CHECKPOINT_PATH: a MODEL_DIR, its checkpoints, or one of them.
+      data: the run's.
+    """
+    from t5x_lite.data import vocabulary_content
+
+    start = epath.Path(path)
+    for folder in (start, start.parent, start.parent.parent):
+        if not (folder / "model.json").exists():
+            continue
+        saved = folder / VOCABULARY_FILE
+        content = saved.read_bytes() if saved.exists() else None
+        if content != vocabulary_content(data.provider):
+            raise UsageError(
+                f"INITIAL_CHECKPOINT_PATH = {path!r} was trained with another vocabulary than that "
+                f"of {data.provider.name}: its ids mean something else; give VOCABULARY_FILE = "
+                f"{str(saved) if content else 'bytes'!r}, or another task"
+            )
+        return
+
+
+def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input) -> None:
+    """Writes config.gin and model.json, before anything else of a run."""
+    from t5x_lite.data import text_files_shards, vocabulary_content, vocabulary_description
+
+    description = {
+        "architecture": {"family": "t5", **config.model.to_dict()},
+        "num_parameters": t5.num_parameters(config.model),
+        "task": config.data.mixture_or_task_name,
+        "feature_lengths": dict(config.data.task_feature_lengths),
+        "vocabulary": vocabulary_description(data.provider),
+        "text_files_shards": text_files_shards(data.provider),
+    }
+    content = vocabulary_content(data.provider)
+    try:
+        if content is not None:
+            files.write_atomically(model_dir / VOCABULARY_FILE, content)
+        files.write_atomically(model_dir / "config.gin", config_text.encode())
+        text = json.dumps(description, indent=2) + "\n"
+        files.write_atomically(model_dir / "model.json", text.encode())
+    except OSError as e:
+        raise UsageError(f"MODEL_DIR = {str(model_dir)!r} cannot be written: {e.strerror}") from e

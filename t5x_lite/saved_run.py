@@ -1,0 +1,190 @@
+"""What a training run has left, read from MODEL_DIR alone, for evaluation and inference.
+
+No task has to be registered and no gin file is read.
+"""
+
+import json
+import logging
+import os
+from typing import Any, NamedTuple
+
+import jax
+import seqio
+from etils import epath
+from jax.sharding import Mesh
+
+from t5x_lite import partitioning
+from t5x_lite.checkpoints import CheckpointError, restore_params
+from t5x_lite.errors import UsageError, nearest
+from t5x_lite.integrity import find_damage, is_committed, scan
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+
+MODEL_FILE = "model.json"
+VOCABULARY_FILE = "vocabulary.model"
+BEST_FILE = "best.json"
+
+_WHICH = ("latest", "best", "all")
+_BYTES_WITHOUT_SENTINELS = seqio.ByteVocabulary(extra_ids=0).vocab_size
+
+_log = logging.getLogger(__name__)
+
+
+class SavedRun(NamedTuple):
+    """A run, finished or still training.
+
+    Attributes:
+      model_dir: what the run had as MODEL_DIR.
+      model: the architecture.
+      task: the task or mixture that it was trained on.
+      feature_lengths: tokens of each feature, {"inputs": 512, "targets": 114}.
+      vocabulary: of inputs and targets; its sentinels are pieces of the model file itself.
+    """
+
+    model_dir: epath.Path
+    model: T5Config
+    task: str
+    feature_lengths: dict[str, int]
+    vocabulary: seqio.Vocabulary
+
+
+def read(model_dir: epath.PathLike) -> SavedRun:
+    """Reads `model.json` and the vocabulary; parameters are left for `load_params`.
+
+    Raises:
+      UsageError: `model_dir` is not a run's, or one of the two cannot be read as what it is.
+    """
+    model_dir = epath.Path(model_dir)
+    given = f"MODEL_DIR {os.fspath(model_dir)!r}"
+    if not model_dir.is_dir():
+        raise UsageError(f"{given} is not a directory")
+    path = model_dir / MODEL_FILE
+    if not path.is_file():
+        raise UsageError(f"{given} is not a run: it has no {MODEL_FILE}")
+    try:
+        description = json.loads(path.read_text())
+        architecture = dict(description["architecture"])
+        task, lengths = description["task"], dict(description["feature_lengths"])
+        vocabulary = dict(description["vocabulary"])
+        family = architecture.pop("family")
+    except (ValueError, TypeError, KeyError) as e:
+        what = f"{e} is missing" if isinstance(e, KeyError) else str(e)
+        raise UsageError(f"{path} is not what a run has written: {what}") from e
+    if family != "t5":
+        raise UsageError(f"{path}: architecture {family!r}; known: 't5'")
+    model = T5Config.from_dict(architecture)
+    return SavedRun(model_dir, model, task, lengths, _read_vocabulary(model_dir, vocabulary))
+
+
+def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqio.Vocabulary:
+    """The vocabulary that `model.json` describes."""
+    kind, size = description.get("class"), description.get("size")
+    if not isinstance(size, int):
+        raise UsageError(f"{model_dir / MODEL_FILE}: vocabulary has no size")
+    if kind == "ByteVocabulary":
+        return seqio.ByteVocabulary(extra_ids=size - _BYTES_WITHOUT_SENTINELS)
+    path = model_dir / VOCABULARY_FILE
+    if kind != "SentencePieceVocabulary":
+        raise UsageError(
+            f"the run's vocabulary is a {kind}, which MODEL_DIR {os.fspath(model_dir)!r} does not "
+            "hold; only SentencePiece models and bytes are kept"
+        )
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: the ids of the run mean nothing without it")
+    vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=0)
+    try:
+        found = vocabulary.vocab_size
+    except RuntimeError as e:
+        raise UsageError(f"{path} is not a SentencePiece model") from e
+    if found != size:
+        raise UsageError(
+            f"{path} has {found} ids, but {MODEL_FILE} says {size}: it is another run's"
+        )
+    return vocabulary
+
+
+def checkpoint_steps(run: SavedRun, which: str) -> list[int]:
+    """The steps that `which` names, ascending.
+
+    Args:
+      run: from `read`.
+      which: "latest" (the newest whose parameters are intact, with a warning for each newer one),
+        "best" (by the run's BEST_METRIC), "all", or steps like "1000,2000".
+
+    Raises:
+      UsageError: there is no such step; says which there are.
+      CheckpointError: there are steps, but none is intact.
+    """
+    directory = run.model_dir / "checkpoints"
+    steps = [step for step in scan(directory).steps if is_committed(directory / str(step))]
+    if not steps:
+        raise UsageError(f"no checkpoint under {directory}")
+    if which == "all":
+        return steps
+    if which == "latest":
+        return [_newest_intact(directory, steps)]
+    if which == "best":
+        wanted = [_best_step(run.model_dir)]
+    else:
+        parts = [part.strip() for part in which.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            word = next(part for part in parts if not part.isdecimal())
+            raise UsageError(
+                f"--checkpoint={which}: give a step, or steps like 1000,2000, or one of "
+                f"{', '.join(_WHICH)}; {nearest(word, _WHICH)}"
+            )
+        wanted = sorted({int(part) for part in parts})
+    for step in wanted:
+        if step not in steps:
+            there = ", ".join(map(str, steps))
+            raise UsageError(
+                f"--checkpoint={which}: no step {step} under {directory}; there: {there}"
+            )
+    return wanted
+
+
+def _newest_intact(directory: epath.Path, steps: list[int]) -> int:
+    problems = []
+    for step in reversed(steps):
+        problem = find_damage(directory / str(step), "params/")
+        if problem is None:
+            return step
+        problems.append(f"step {step}: {problem}")
+        _log.warning("checkpoint skipped under %s: %s", directory, problems[-1])
+    raise CheckpointError(f"no checkpoint under {directory} is intact: {'; '.join(problems)}")
+
+
+def _best_step(model_dir: epath.Path) -> int:
+    path = model_dir / BEST_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"--checkpoint=best: {path} is not there; a run trained with BEST_METRIC writes it "
+            "at its first evaluation"
+        )
+    try:
+        return int(json.loads(path.read_text())["step"])
+    except (ValueError, TypeError, KeyError) as e:
+        raise UsageError(f"{path} is not what a run has written: it names no step") from e
+
+
+def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
+    """The parameters of a checkpoint, placed on the mesh by partitioning's table.
+
+    Returns:
+      A nested dict of float32 arrays.
+
+    Raises:
+      UsageError: the step is not there, its parameters differ from the architecture in names or
+        shapes, or they do not divide over the mesh.
+      CheckpointError: the step is damaged.
+    """
+    axes = t5.logical_axes(run.model)
+    shapes = jax.eval_shape(lambda key: t5.init(run.model, key), jax.random.key(0))
+    partitioning.check_divisible(shapes, axes, mesh)
+    abstract = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        partitioning.shardings(mesh, axes),
+    )
+    path = (run.model_dir / "checkpoints").resolve() / str(step)
+    return restore_params(path, abstract).state
