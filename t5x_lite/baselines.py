@@ -1,7 +1,7 @@
 """What the metrics of a task say of answers that need no model."""
 
 import collections
-import os
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,7 +51,8 @@ def measure(config: DataConfig, eval_task: EvalTask) -> Baseline | None:
 
 
 def first_words(inputs: Sequence[str], num_words: int) -> list[str]:
-    """The first words of each text, after the words with which all of them begin ("summarize: ")."""
-    prefix = os.path.commonprefix(list(inputs)) if len(inputs) > 1 else ""
-    start = prefix.rfind(" ") + 1
-    return [" ".join(text[start:].split()[:num_words]) for text in inputs]
+    """The first words of each text, after those that begin all of them ("summarize:")."""
+    words = [text.split() for text in inputs]
+    by_place = zip(*words, strict=False) if len(words) > 1 else ()
+    start = sum(1 for _ in itertools.takewhile(lambda at_one: len(set(at_one)) == 1, by_place))
+    return [" ".join(w[start : start + num_words]) for w in words]

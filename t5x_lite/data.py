@@ -285,9 +285,7 @@ def eval_examples(
     return list(examples(config, provider, split, num_examples, _EVAL_SEED))
 
 
-def target_texts(
-    config: DataConfig, task: seqio.Task, split: str, num_examples: int
-) -> list[str]:
+def target_texts(config: DataConfig, task: seqio.Task, split: str, num_examples: int) -> list[str]:
     """The targets of the first examples of a task's split, as text."""
     found = examples(config, task, split, num_examples, _EVAL_SEED)
     return [text(example, "targets", target_vocabulary(task)) for example in found]
@@ -342,7 +340,8 @@ def _examples(
     }
     if isinstance(provider, seqio.Task) or num_epochs != 1:
         return provider.get_dataset(**options)
-    parts = [task for task in provider.tasks if split in task.splits]
+    # What T5 mixes in at rate 0 is there to be evaluated by its metrics.
+    parts = [t for t in provider.tasks if split in t.splits and provider.get_rate(t) > 0]
     names = list(provider.output_features)
     return tf.data.Dataset.sample_from_datasets(
         [task.get_dataset(**options).map(lambda e: {n: e[n] for n in names}) for task in parts],

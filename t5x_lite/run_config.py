@@ -109,7 +109,7 @@ class EvalConfig:
     """
 
     mode: str = "generate"
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
     num_examples: int | None = None
     batch_size: int | None = None
 
@@ -162,7 +162,7 @@ class TrainConfig:
     data: DataConfig
     train_steps: int
     random_seed: int = 0
-    evaluation: EvalConfig = EvalConfig()
+    evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     eval_period: int = 1000
     eval_steps: int | None = 20
     best_metric: str | None = None
@@ -198,6 +198,7 @@ class TrainConfig:
             if not (value is None and macro in _OPTIONAL) and not _is_count(value, least):
                 raise UsageError(f"{macro} = {value!r}: must be an integer of at least {least}")
         self._check_best_metric()
+        self.evaluation.decode.check(self.model.vocab_size)
         if self.mesh is not None and not (
             isinstance(self.mesh, Mapping) and all(_is_count(n) for n in self.mesh.values())
         ):

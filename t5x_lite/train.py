@@ -212,7 +212,8 @@ def _evaluate(
         return saved
     if saved < step:
         saved = _save(run, step, state, batch)
-    run.checkpoints.wait()  # best.json names nothing that is not there, and the old one stays till then
+    # best.json never names what is not there: the old one stays until the new one is whole.
+    run.checkpoints.wait()
     best.write(run.config.model_dir, run.config, found)
     run.checkpoints.pin(step)
     return saved
