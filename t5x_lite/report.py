@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
@@ -29,7 +29,7 @@ _CHARTS = {
     "grad_norm": ("Gradient norm", ""),
     "target_tokens_per_second": ("Throughput", "target tokens per second"),
 }
-_FROM_ZERO = ("learning_rate", "target_tokens_per_second")
+_FROM_ZERO = ("Learning rate", "Throughput")
 _NOT_CHARTED = re.compile(r"step|unix_time|seconds.*|num_.*|z_loss|param_norm|.*_per_second")
 
 Records = Sequence[Mapping[str, float]]
@@ -63,7 +63,8 @@ def _render(model_dir: epath.Path) -> str:
     model = _read_json(model_dir / "model.json")
     config = model_dir / "config.gin"
     config_text = config.read_text() if config.exists() else ""
-    unigram_loss = _read_json(model_dir / "metrics" / "baselines.json").get("unigram_loss")
+    baselines = _read_json(model_dir / "metrics" / "baselines.json")
+    unigram_loss = baselines.get("unigram_loss")
     series = _read_series(model_dir / "metrics")
     evals = {name: records for name, records in series.items() if name != "train"}
     environment = jinja2.Environment(
@@ -76,8 +77,8 @@ def _render(model_dir: epath.Path) -> str:
         task=model.get("task"),
         lengths=model.get("feature_lengths", {}),
         facts=_facts(model, config_text, series, unigram_loss),
-        verdicts=_verdicts(evals, unigram_loss),
-        charts=_make_charts(series, unigram_loss),
+        verdicts=[*_verdicts(evals, unigram_loss), *_task_verdicts(evals, baselines)],
+        charts=_make_charts(series, baselines),
         evals={name: _last_values(records) for name, records in evals.items()},
         examples=_read_examples(model_dir / "inference"),
         model=json.dumps(model, indent=2, ensure_ascii=False) if model else "",
@@ -147,6 +148,16 @@ def _verdicts(evals: Mapping[str, Records], unigram_loss: float | None) -> list[
                 f" unigram model of the training text gives ({unigram_loss:.3f})."
             )
     return verdicts
+
+
+def _task_verdicts(evals: Mapping[str, Records], baselines: Mapping[str, Any]) -> list[str]:
+    """A sentence on each metric of a task that can be compared with answers without a model."""
+    return [
+        f"{name}: {metric} {evals[name][-1][metric]:.1f}; {baseline['name']} gives {value:.1f}."
+        for name, baseline in baselines.get("tasks", {}).items()
+        for metric, value in baseline["metrics"].items()
+        if name in evals and metric in evals[name][-1]
+    ]
 
 
 def _last_values(records: Records) -> dict[str, float]:
@@ -254,31 +265,63 @@ def _tick_label(value: float) -> str:
     return f"{round(value, 12):.6g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2g}"
 
 
-def _make_charts(series: Mapping[str, Records], unigram_loss: float | None) -> list[dict[str, Any]]:
-    """What the template draws: one chart per metric that has a finite value."""
-    measured = {k for n, records in series.items() if n != "train" for r in records for k in r}
-    others = sorted(k for k in measured - set(_CHARTS) if not _NOT_CHARTED.fullmatch(k))
+class _Chart(NamedTuple):
+    """What one chart shows: curves of (step, value) by series, and a level to compare with."""
+
+    title: str
+    unit: str
+    curves: dict[str, list[tuple[float, float]]]
+    level: tuple[str, float] | None = None
+
+
+def _choose_charts(series: Mapping[str, Records], baselines: Mapping[str, Any]) -> list[_Chart]:
+    """Losses and what goes with them share charts; each metric of a task has one of its own."""
+    tasks = {name for name, records in series.items() if "num_examples" in records[-1]}
+    shared = {name: records for name, records in series.items() if name not in tasks}
+
+    def curves(names: Iterable[str], key: str) -> dict[str, list[tuple[float, float]]]:
+        return {n: [(r["step"], r[key]) for r in series[n] if key in r] for n in names}
+
+    evaluated = _metrics_of(records for name, records in shared.items() if name != "train")
+    charts = []
+    for key in [*_CHARTS, *(k for k in evaluated if k not in _CHARTS)]:
+        title, unit = _CHARTS.get(key, (key, ""))
+        unigram_loss = baselines.get("unigram_loss")
+        has_level = key == "text_loss" and unigram_loss is not None
+        level = (f"unigram {unigram_loss:.2f}", unigram_loss) if has_level else None
+        charts.append(_Chart(title, unit, curves(shared, key), level))
+    for name in sorted(tasks):
+        baseline = baselines.get("tasks", {}).get(name, {"metrics": {}})
+        for key in _metrics_of([series[name]]):
+            value = baseline["metrics"].get(key)
+            level = None if value is None else (f"{baseline['name']} {value:.1f}", value)
+            charts.append(_Chart(key, name, curves([name], key), level))
+    return charts
+
+
+def _metrics_of(series: Iterable[Records]) -> list[str]:
+    measured = {key for records in series for record in records for key in record}
+    return sorted(key for key in measured if not _NOT_CHARTED.fullmatch(key))
+
+
+def _make_charts(
+    series: Mapping[str, Records], baselines: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What the template draws: each chart that has a finite value."""
     last_step = max((records[-1]["step"] for records in series.values()), default=0)
     x = _Axis(0, max(last_step, 1), _LEFT, _WIDTH - _RIGHT)
     charts = []
-    for key in [*_CHARTS, *others]:
-        title, unit = _CHARTS.get(key, (key, ""))
-        points = {
-            name: [(r["step"], r[key]) for r in records if key in r]
-            for name, records in series.items()
-        }
-        finite = [p for ps in points.values() for p in ps if math.isfinite(p[1])]
+    for chart in _choose_charts(series, baselines):
+        finite = [v for points in chart.curves.values() for _, v in points if math.isfinite(v)]
         if not finite:
             continue
-        level = unigram_loss if key == "text_loss" else None
-        values = [p[1] for p in finite]
-        values += [level] if level is not None else []
-        values += [0] if key in _FROM_ZERO else []
+        values = [*finite, *([chart.level[1]] if chart.level else [])]
+        values += [0] if chart.title in _FROM_ZERO else []
         y = _make_axis(values, _HEIGHT - _BOTTOM, _TOP, pad=0.05)
         charts.append(
             {
-                "title": title,
-                "unit": unit,
+                "title": chart.title,
+                "unit": chart.unit,
                 "width": _WIDTH,
                 "height": _HEIGHT,
                 "left": _LEFT,
@@ -286,12 +329,12 @@ def _make_charts(series: Mapping[str, Records], unigram_loss: float | None) -> l
                 "bottom": _HEIGHT - _BOTTOM,
                 "x_ticks": x.ticks(),
                 "y_ticks": y.ticks(),
-                "baseline": None if level is None else (y.place(level), f"unigram {level:.2f}"),
+                "baseline": (y.place(chart.level[1]), chart.level[0]) if chart.level else None,
                 # A name has one colour on the whole page.
                 "curves": [
-                    _make_curve(name, index % _NUM_COLOURS, points[name], x, y)
+                    _make_curve(name, index % _NUM_COLOURS, chart.curves[name], x, y)
                     for index, name in enumerate(series)
-                    if points[name]
+                    if chart.curves.get(name)
                 ],
             }
         )

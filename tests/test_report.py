@@ -223,3 +223,19 @@ def test_bad_input_is_one_line(tmp_path, files, message):
 def test_no_such_directory(tmp_path):
     with pytest.raises(UsageError, match=r"'.*/nowhere' is not a directory"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_task_is_shown_beside_answers_without_a_model(run):
+    """Its accuracy, in percent, has an axis apart from the share of tokens."""
+    writer = MetricWriter(run)
+    writer.write("my_task", 100, {"num_examples": 7, "accuracy": 30.0})
+    writer.write("my_task", 200, {"num_examples": 7, "accuracy": 71.25})
+    baseline = {"name": "always 'yes'", "metrics": {"accuracy": 52.5}}
+    (run / "metrics/baselines.json").write_text(
+        json.dumps({"unigram_loss": 6.5, "tasks": {"my_task": baseline}})
+    )
+    text = Page(write_report(run).read_text()).text
+    assert "my_task: accuracy 71.2; always 'yes' gives 52.5." in text
+    assert "accuracy my_task" in text
+    assert "always 'yes' 52.5" in text
+    assert "my_task, step 200: 71.25" in text
