@@ -13,6 +13,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,7 +24,7 @@ import tasks  # noqa: F401  registers them
 from t5x_lite import packing
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.run_config import DataConfig
-from tasks import text_files, vocabularies
+from tasks import casts, mixing, sources, text_files, vocabularies
 
 # JAX owns the accelerators.
 tf.config.set_visible_devices([], "GPU")
@@ -44,6 +45,12 @@ def configure(config: DataConfig) -> None:
     """
     if config.tfds_data_dir is not None:
         seqio.set_tfds_data_dir_override(os.path.expanduser(config.tfds_data_dir))
+    sources.set_tfds_versions(config.tfds_versions or {})
+    mixing.set_rates(
+        mixing.Rates(
+            config.mixing_maximum, config.mixing_temperature, config.mixing_unsupervised_rate
+        )
+    )
     file = config.vocabulary_file or vocabularies.T5_VOCABULARY_FILE
     vocabularies.set_default_file(os.path.expanduser(file))
     if config.text_files_pattern is not None:
@@ -116,7 +123,10 @@ def check(config: DataConfig, model_vocab_size: int) -> Provider:
             raise UsageError(
                 f"DataConfig.{macro} = {split!r}: {name} has {', '.join(sorted(provider.splits))}"
             )
-    for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
+    members = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    if not config.use_cached_tasks:
+        sources.check_prepared(name, members)
+    for task in members:
         if config.use_cached_tasks and task.supports_caching and not task.cache_dir:
             raise UsageError(
                 f"USE_CACHED_TASKS = True: {task.name} is not cached in any of seqio's cache "
@@ -161,7 +171,8 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        return {name: tensor.numpy() for name, tensor in next(self._iterator).items()}
+        with _bad_records():
+            return {name: tensor.numpy() for name, tensor in next(self._iterator).items()}
 
     def position(self) -> bytes:
         """Where the stream stands, shuffle buffers included.
@@ -257,8 +268,9 @@ class EvalBatches:
         self._rows = slice(host * rows, (host + 1) * rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._dataset.as_numpy_iterator():
-            yield {name: self._pad(array)[self._rows] for name, array in batch.items()}
+        with _bad_records():
+            for batch in self._dataset.as_numpy_iterator():
+                yield {name: self._pad(array)[self._rows] for name, array in batch.items()}
 
     def _pad(self, array: np.ndarray) -> np.ndarray:
         return np.pad(array, ((0, self._batch_size - len(array)), (0, 0)))
@@ -271,7 +283,20 @@ def examples(
     dataset = _examples(config, provider, split, shuffle=False, seed=seed, num_epochs=1)
     if num_examples is not None:
         dataset = dataset.take(num_examples)
-    return iter(dataset.as_numpy_iterator())
+    with _bad_records():
+        yield from dataset.as_numpy_iterator()
+
+
+@contextmanager
+def _bad_records() -> Iterator[None]:
+    """Makes one line of TensorFlow's many where a record is one that its task cannot have."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as e:
+        line = casts.problem(e)
+        if line is None:
+            raise
+        raise UsageError(line) from e
 
 
 def eval_examples(

@@ -31,6 +31,10 @@ class DataConfig:
       vocabulary_file: a SentencePiece model or "bytes", for tasks without a vocabulary of their
         own; None is T5's.
       tfds_data_dir: where TFDS looks for prepared data sets; None is its own default.
+      mixing_maximum: the size above which a task is drawn no more often, in `all_mix` and
+        `all_proportional`; None is no limit (Raffel et al. 2020, section 3.5.2).
+      mixing_temperature: evens out their rates: sizes to the power of 1 / temperature.
+      mixing_unsupervised_rate: the rate of C4 in `all_mix`.
       tfds_versions: versions to read instead of TFDS's current ones, {"glue": "1.0.0"}.
       text_files_pattern: files for the tasks called `text_files_*`: text, JSON lines, or gzip of
         either.
@@ -51,6 +55,9 @@ class DataConfig:
     vocabulary_file: str | None = None
     tfds_data_dir: str | None = None
     tfds_versions: Mapping[str, str] | None = None
+    mixing_maximum: float | None = 1e6
+    mixing_temperature: float = 1.0
+    mixing_unsupervised_rate: float = 1e6
     text_files_pattern: str | None = None
     text_files_field: str | None = None
     text_files_validation_pattern: str | None = None

@@ -24,10 +24,18 @@ def _how_to_prepare(version: str) -> str:
 
 
 def register() -> None:
-    """Registers `c4_v220_span_corruption` and its siblings."""
+    """Registers `c4_v220_span_corruption` and its siblings, and `c4_v020_unsupervised`.
+
+    The latter is what T5's multi-task mixtures call C4, whose objective T5 leaves to gin: here span
+    corruption over the newest version, or what TFDS_VERSIONS says.
+    """
     for version in VERSIONS:
         source = sources.PreparedTfdsSource(
-            f"c4/en:{version}", ["train", "validation"], _how_to_prepare(version)
+            f"c4/en:{version}", ["train", "validation"], _how_to_prepare
         )
         name = "c4_v" + version.replace(".", "")
         registration.register_objectives(name, source, vocabularies.DEFAULT)
+    source = sources.PreparedTfdsSource("c4/en", ["train", "validation"], _how_to_prepare)
+    registration.register_objective(
+        "c4_v020_unsupervised", source, vocabularies.DEFAULT, "span_corruption"
+    )

@@ -1,7 +1,8 @@
 """Python's own documentation as a corpus: it is on every machine, and it is real English prose.
 
 A document is the docstrings of one module of the standard library, in the order of the source, or
-one topic of `pydoc_data.topics`; about 2 MB together.
+one topic of `pydoc_data.topics`; about 2 MB together. The docstrings one by one make supervised
+tasks: what kind of object one documents, and its summary line from the rest of it.
 """
 
 import ast
@@ -11,15 +12,19 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
 import seqio
+import tensorflow as tf
 
 from t5x_lite.errors import UsageError
-from tasks import cache, registration, sources, vocabularies
+from tasks import cache, metrics, postprocessors, registration, sources, vocabularies
 
 VOCAB_SIZE = 4096  # with pad, eos, unk and 100 sentinels
 VALIDATION_PERCENT = 5
@@ -31,7 +36,22 @@ _SKIPPED_DIRECTORIES = {
     *("__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data"),
     *("site-packages", "test", "tests", "turtledemo"),
 }
-_EXTRACTION_VERSION = 1  # to be raised with any change to what the documents are
+_EXTRACTION_VERSION = 2  # to be raised with any change to what the documents are
+
+
+# ---- the corpus ----------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A docstring, or a topic.
+
+    Attributes:
+      kind: "module", "class", "function" (methods too) or "topic".
+      text: with line ends as in the source, less its indentation.
+    """
+
+    kind: str
+    text: str
 
 
 @functools.cache
@@ -43,8 +63,26 @@ def documents(split: str) -> tuple[str, ...]:
     Raises:
       UsageError: this Python comes without the sources of its standard library.
     """
+    return tuple(_join(parts) for parts in _documents(split))
+
+
+@functools.cache
+def docstrings(split: str) -> tuple[Part, ...]:
+    """The docstrings of which those documents are made, without the topics; no text twice.
+
+    Raises:
+      UsageError: as `documents`.
+    """
+    return tuple(part for parts in _documents(split) for part in parts if part.kind != "topic")
+
+
+def _documents(split: str) -> list[list[Part]]:
     wanted = split == "validation"
-    return tuple(text for name, text in _all_documents() if _in_validation(name) == wanted)
+    return [parts for name, parts in _all_documents() if _in_validation(name) == wanted]
+
+
+def _join(parts: Sequence[Part]) -> str:
+    return "\n\n".join(part.text for part in parts)
 
 
 def _in_validation(name: str) -> bool:
@@ -52,13 +90,14 @@ def _in_validation(name: str) -> bool:
     return int.from_bytes(digest, "big") % 100 < VALIDATION_PERCENT
 
 
-def _all_documents() -> Sequence[tuple[str, str]]:
-    """(name, text) of every document."""
+def _all_documents() -> list[tuple[str, list[Part]]]:
+    """(name, parts) of every document."""
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     key = f"{_EXTRACTION_VERSION} {sys.version} {library}".encode()
     path = cache.cache_dir() / f"python_docs-{hashlib.sha256(key).hexdigest()[:16]}.json"
     if path.exists():
-        return json.loads(path.read_bytes())
+        kept = json.loads(path.read_bytes())
+        return [(name, [Part(*part) for part in parts]) for name, parts in kept]
     found = extract(library)
     if len(found) < MIN_NUM_DOCUMENTS:
         raise UsageError(
@@ -69,38 +108,46 @@ def _all_documents() -> Sequence[tuple[str, str]]:
     return found
 
 
-def extract(library: pathlib.Path) -> list[tuple[str, str]]:
-    """(name, text) of the modules under `library` and of the topics, ordered by name.
+def extract(library: pathlib.Path) -> list[tuple[str, list[Part]]]:
+    """(name, parts) of the modules under `library` and of the topics, ordered by name.
 
     Modules are parsed, not imported. Of equal docstrings, which occur in alternative
     implementations of one module, the first is taken, so that none is in both splits.
     """
     from pydoc_data.topics import topics  # 0.5 MB that only this needs
 
-    found = [(f"topic:{name}", inspect.cleandoc(text)) for name, text in sorted(topics.items())]
+    found = [(f"topic:{name}", [Part("topic", inspect.cleandoc(t))]) for name, t in topics.items()]
     seen: set[str] = set()
     for directory, subdirectories, files in os.walk(library):
         subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
         for file in sorted(f for f in files if f.endswith(".py")):
             path = pathlib.Path(directory, file)
-            fresh = [text for text in _docstrings(path) if text not in seen]
-            seen.update(fresh)
+            fresh = [part for part in _docstrings(path) if part.text not in seen]
+            seen.update(part.text for part in fresh)
             name = ".".join(path.relative_to(library).with_suffix("").parts)
-            found.append((f"module:{name}", "\n\n".join(fresh)))
-    return sorted((name, text) for name, text in found if len(text) >= MIN_DOCUMENT_LENGTH)
+            found.append((f"module:{name}", fresh))
+    return sorted((name, ps) for name, ps in found if len(_join(ps)) >= MIN_DOCUMENT_LENGTH)
 
 
-def _docstrings(path: pathlib.Path) -> list[str]:
-    """The docstrings of a source file, each once, in the order of the source."""
+def _docstrings(path: pathlib.Path) -> list[Part]:
+    """The docstrings of a source file, each text once, in the order of the source."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # a template or a file for another Python
         return []
+    kinds = {ast.Module: "module", ast.ClassDef: "class"}
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    texts = (ast.get_docstring(node) for node in nodes)
-    return list(dict.fromkeys(text.strip() for text in texts if text))
+    found: dict[str, Part] = {}
+    for node in nodes:
+        text = (ast.get_docstring(node) or "").strip()
+        if text and text not in found:
+            found[text] = Part(kinds.get(type(node), "function"), text)
+    return list(found.values())
+
+
+# ---- its vocabulary ------------------------------------------------------------------------------
 
 
 class PythonDocsVocabulary(vocabularies.LazyVocabulary):
@@ -128,7 +175,111 @@ def _vocabulary_file(directory: pathlib.Path) -> str:
 VOCABULARY = PythonDocsVocabulary()
 
 
+# ---- supervised tasks ----------------------------------------------------------------------------
+
+KINDS = ("class", "function", "module")
+
+
+def kind_records(split: str) -> list[dict[str, str]]:
+    """{"docstring", "kind"} of every docstring; `kind` is one of `KINDS`, methods are functions.
+
+    The name of the object is not part of it: what its text says has to do.
+    """
+    return [{"docstring": part.text, "kind": part.kind} for part in docstrings(split)]
+
+
+def summary_records(split: str) -> list[dict[str, str]]:
+    """{"body", "summary"} of the docstrings that have both, as PEP 257 wants them.
+
+    The summary is a first line with an empty line after it. Those that are a signature, as
+    `join(a, *p) -> string`, or less than two words are left out.
+    """
+    records = []
+    for part in docstrings(split):
+        summary, _, body = part.text.partition("\n\n")
+        is_signature = re.match(r"[\w.]+\(|.*->", summary)
+        if body and " " in summary and "\n" not in summary and not is_signature:
+            records.append({"body": inspect.cleandoc(body), "summary": summary})
+    return records
+
+
+class RecordsSource(seqio.DataSource):
+    """Records of strings that fit into memory; of every record the same fields.
+
+    Shuffled as a whole and sharded by index, so any number of hosts can share it.
+    """
+
+    def __init__(
+        self, splits: Sequence[str], load: Callable[[str], Sequence[Mapping[str, str]]]
+    ) -> None:
+        """`load(split)` gives the records; it is called whenever they are needed."""
+        super().__init__(splits=splits)
+        self._load = load
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        return len(self._load(split))
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused_kwargs: object,
+    ) -> tf.data.Dataset:
+        records = self._load(split)
+        order = np.arange(len(records))
+        if shuffle:
+            order = np.random.default_rng(seed).permutation(len(records))
+        if shard_info:
+            order = order[shard_info.index :: shard_info.num_shards]
+        columns = {name: [records[i][name] for i in order] for name in records[0]}
+        return tf.data.Dataset.from_tensor_slices(columns)
+
+
+def _cast(prefix: str, inputs: str, targets: str) -> registration.Preprocessor:
+    """The field `inputs` after a prefix, as T5 has it, and the field `targets`."""
+
+    def cast(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(
+            lambda record: {"inputs": prefix + record[inputs], "targets": record[targets]},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    return cast
+
+
+def _register_supervised() -> None:
+    splits = ["train", "validation"]
+    registration.register_supervised(
+        "python_docs_kind",
+        RecordsSource(splits, kind_records),
+        VOCABULARY,
+        casts=[_cast("kind: ", "docstring", "kind")],
+        metric_fns=[metrics.accuracy],
+        postprocess_fn=postprocessors.ClassLabel(KINDS),
+    )
+    registration.register_supervised(
+        "python_docs_summary",
+        RecordsSource(splits, summary_records),
+        VOCABULARY,
+        casts=[_cast("summarize: ", "body", "summary")],
+        metric_fns=[metrics.rouge_mean],
+    )
+    seqio.MixtureRegistry.add(
+        "python_docs_supervised", ["python_docs_kind", "python_docs_summary"], default_rate=1.0
+    )
+
+
 def register() -> None:
-    """Registers `python_docs_span_corruption` and its siblings."""
+    """Registers `python_docs_span_corruption` and its siblings, and the supervised tasks."""
     source = sources.DocumentsSource(["train", "validation"], documents)
     registration.register_objectives("python_docs", source, VOCABULARY)
+    _register_supervised()

@@ -35,8 +35,10 @@ def default_configuration() -> Iterator[None]:
     if "tasks" in sys.modules:
         import seqio
 
-        from tasks import text_files, vocabularies
+        from tasks import mixing, sources, text_files, vocabularies
 
         vocabularies.set_default_file(vocabularies.T5_VOCABULARY_FILE)
         seqio.set_tfds_data_dir_override(None)
         text_files._configured = None
+        sources.set_tfds_versions({})
+        mixing.set_rates(mixing.Rates())
