@@ -1,17 +1,19 @@
 """The command line, `python -m t5x_lite VERB`: parses, hands over, and turns errors into lines."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from t5x_lite.errors import Failure, UsageError, nearest
 
 if TYPE_CHECKING:
+    from t5x_lite.decoding import DecodeConfig
     from t5x_lite.run_config import DataConfig
 
 USAGE_ERROR, KEYBOARD_INTERRUPT = 2, 130
@@ -46,6 +48,8 @@ def _print_error(error: Exception) -> None:
 def _dispatch(argv: list[str]) -> int:
     from_verb: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "eval": _eval,
+        "infer": _infer,
         "tasks": _tasks,
         "vocab": _vocab,
         "report": _report,
@@ -143,6 +147,174 @@ def _keep_compiled_programs() -> None:
         root = os.environ.get("T5X_LITE_CACHE", "~/.cache/t5x_lite")
         jax.config.update("jax_compilation_cache_dir", f"{pathlib.Path(root).expanduser()}/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# ---- eval ----------------------------------------------------------------------------------------
+
+
+def _eval(argv: list[str]) -> int:
+    parser = _parser(
+        "eval",
+        "Measure checkpoints of a run on a task or mixture, by loss and by the tasks' metrics.",
+        "eval runs/sst2 --checkpoint=all --mode=rank",
+    )
+    parser.add_argument("model_dir", help="what the run had as MODEL_DIR; not while it trains")
+    parser.add_argument("--task", help="a task or mixture; the run's own by default")
+    parser.add_argument("--split", help="the one that the run evaluates on by default")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="latest, best, all, or steps like 1000,2000 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=["generate", "rank"],
+        help="generate: what the model writes; rank: the likeliest of the task's classes",
+    )
+    parser.add_argument("--num_examples", type=int, help="the first N of each task; all by default")
+    parser.add_argument("--batch_size", type=int, help="rows decoded at a time")
+    _add_decode_flags(parser)
+    parser.add_argument(
+        "--module",
+        dest="mixture_or_task_module",
+        metavar="MODULE",
+        help="a module on PYTHONPATH to import first, instead of the run's",
+    )
+    parser.add_argument("--tfds_data_dir", help="where TFDS finds prepared data sets")
+    arguments = parser.parse_args(argv)
+    from etils import epath
+
+    from t5x_lite import gin_utils, setup
+
+    saved = epath.Path(arguments.model_dir) / "config.gin"
+    if not saved.is_file():
+        raise UsageError(f"MODEL_DIR {arguments.model_dir!r} is not a run: it has no config.gin")
+    config = gin_utils.read_saved(saved)
+    evaluation = dataclasses.replace(
+        config.evaluation,
+        **_given(arguments, ("mode", "num_examples", "batch_size")),
+        decode=_decode_config(arguments, config.evaluation.decode),
+    )
+    config = dataclasses.replace(
+        config,
+        model_dir=arguments.model_dir,
+        data=dataclasses.replace(
+            config.data, **_given(arguments, ("mixture_or_task_module", "tfds_data_dir"))
+        ),
+        evaluation=evaluation,
+    )
+    _keep_compiled_programs()
+    with setup.without_native_notes():
+        from t5x_lite import evaluate_run
+    evaluate_run.evaluate_run(
+        config, task=arguments.task, split=arguments.split, checkpoint=arguments.checkpoint
+    )
+    return 0
+
+
+# Which method a flag of decoding belongs to; --method itself belongs to all.
+_DECODE_FLAGS = {
+    "num_beams": "beam",
+    "length_penalty": "beam",
+    "temperature": "sample",
+    "top_k": "sample",
+    "top_p": "sample",
+}
+
+
+def _add_decode_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", help="of decoding: greedy, beam or sample")
+    parser.add_argument("--num_beams", type=int, help="of --method=beam")
+    parser.add_argument("--length_penalty", type=float, help="of --method=beam: alpha, 0 for none")
+    parser.add_argument("--temperature", type=float, help="of --method=sample")
+    parser.add_argument("--top_k", type=int, help="of --method=sample: the K likeliest ids")
+    parser.add_argument(
+        "--top_p", type=float, help="of --method=sample: the ids that hold this probability"
+    )
+
+
+def _decode_config(arguments: argparse.Namespace, base: "DecodeConfig") -> "DecodeConfig":
+    """`base` with the flags that were given.
+
+    Raises:
+      UsageError: a flag of another method than the one that is used.
+    """
+    decode = dataclasses.replace(base, **_given(arguments, ("method", *_DECODE_FLAGS)))
+    for flag, method in _DECODE_FLAGS.items():
+        if getattr(arguments, flag) is not None and decode.method != method:
+            raise UsageError(
+                f"--{flag} has no effect on {decode.method} decoding: add --method={method}"
+            )
+    return decode
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The flags that were given, by name."""
+    return {name: v for name in names if (v := getattr(arguments, name)) is not None}
+
+
+# ---- infer ---------------------------------------------------------------------------------------
+
+
+def _infer(argv: list[str]) -> int:
+    parser = _parser(
+        "infer",
+        "Feed lines of files, or a task's examples, to a run's model; write a JSON line for each. "
+        "The same command goes on where it was interrupted.",
+        "infer runs/sst2 --input=reviews.jsonl.gz --field=text --output=predictions.jsonl",
+    )
+    parser.add_argument("model_dir", help="what the run had as MODEL_DIR; nothing else is needed")
+    parser.add_argument("--output", required=True, help="the JSONL file to write")
+    parser.add_argument("--input", help="a file or a glob: text, TSV or JSONL, or gzip of these")
+    parser.add_argument(
+        "--format", dest="file_format", help="text, tsv or jsonl; by the suffix if not given"
+    )
+    parser.add_argument(
+        "--field",
+        help="with the text: of a JSON line, or a TSV header; a number counts columns from 0",
+    )
+    parser.add_argument("--prefix", help="put before each text, like 'summarize: '")
+    parser.add_argument("--task", help="a task or mixture to take examples from, without --input")
+    parser.add_argument("--split", help="of --task (default: validation)")
+    parser.add_argument("--module", help="a module on PYTHONPATH to import first, for --task")
+    parser.add_argument("--tfds_data_dir", help="where TFDS finds prepared data sets")
+    parser.add_argument("--checkpoint", help="latest, best or a step (default: latest)")
+    parser.add_argument("--batch_size", type=int, help="rows decoded at a time (default: 32)")
+    parser.add_argument(
+        "--input_length", type=int, help="tokens; longer inputs are cut. By default the run's"
+    )
+    parser.add_argument("--target_length", type=int, help="tokens at most; by default the run's")
+    _add_decode_flags(parser)
+    parser.add_argument("--num_outputs", type=int, help="of --method=beam or sample, best first")
+    parser.add_argument("--seed", type=int, help="of --method=sample")
+    parser.add_argument(
+        "--score",
+        metavar="FIELD",
+        help="give the log likelihood of this field's text instead of generating",
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="the I-th of N parts, from 0; its number goes into the name"
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="like data=4,model=2; all along data by default"
+    )
+    arguments = parser.parse_args(argv)
+    from t5x_lite import setup
+
+    with setup.without_native_notes():
+        from t5x_lite import infer
+    from t5x_lite.decoding import DecodeConfig
+
+    given = _given(arguments, set(vars(arguments)) - {"method", "num_outputs", *_DECODE_FLAGS})
+    decode = _decode_config(arguments, DecodeConfig())
+    given["decode"] = dataclasses.replace(decode, **_given(arguments, ["num_outputs"]))
+    if arguments.shard is not None:
+        given["shard"] = infer.parse_shard(arguments.shard)
+    if arguments.mesh is not None:
+        given["mesh"] = infer.parse_mesh(arguments.mesh)
+    _keep_compiled_programs()
+    infer.infer(infer.InferConfig(**given))
+    return 0
 
 
 # ---- tasks, vocab, report ------------------------------------------------------------------------

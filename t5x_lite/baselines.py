@@ -40,7 +40,7 @@ def measure(config: DataConfig, eval_task: EvalTask) -> Baseline | None:
     if config.split not in task.splits or eval_task.needs_scores:
         return None
     targets = data.target_texts(config, task, config.split, _TRAIN_EXAMPLES)
-    if getattr(task._postprocess_fn, "classes", None):
+    if eval_task.has_classes:
         answer = collections.Counter(targets).most_common(1)[0][0]
         name, answers = f"always {answer!r}", [answer] * len(eval_task.inputs)
     else:

@@ -125,7 +125,7 @@ class Checkpoints:
         if self._pending is not None and self._pending[0] == step:
             return
         self.wait()
-        if _from_process_0(lambda: self._is_saved(step)):
+        if from_process_0(lambda: self._is_saved(step)):
             return
         checkpointables = _checkpointables(_copy_if_on_cpu(state))
         if input_state is not None:
@@ -168,7 +168,7 @@ class Checkpoints:
             if error:
                 raise error
 
-        _from_process_0(report)
+        from_process_0(report)
         report()
 
     def close(self) -> None:
@@ -201,7 +201,7 @@ class Checkpoints:
             number of processes and holds their input positions.
         """
         self.wait()
-        step, skipped = _from_process_0(self._newest_intact)
+        step, skipped = from_process_0(self._newest_intact)
         if step is None:
             return None
         return _load(self._path(step), step, abstract_state, tuple(skipped))
@@ -214,7 +214,7 @@ class Checkpoints:
           CheckpointError: if it is damaged.
         """
         self.wait()
-        _from_process_0(lambda: _require_intact(self._path(step)))
+        from_process_0(lambda: _require_intact(self._path(step)))
         return _load(self._path(step), step, abstract_state, ())
 
     def _path(self, step: int) -> epath.Path:
@@ -271,7 +271,7 @@ class Checkpoints:
         Steps left by earlier processes are checked before they count or go, once per process.
         Damaged ones do neither.
         """
-        num_newest = 0
+        num_newest, stays = 0, (saved, self._pinned)
         for step in reversed(scan(self._directory).steps):
             path = self._path(step)
             try:
@@ -279,9 +279,7 @@ class Checkpoints:
                     delete(path)
                 elif num_newest < keep:
                     num_newest += self._is_intact(step)
-                elif step in (saved, self._pinned):
-                    continue
-                elif self._keep_every and step % self._keep_every == 0:
+                elif step in stays or (self._keep_every and step % self._keep_every == 0):
                     continue
                 elif self._is_intact(step):
                     delete(path)
@@ -311,11 +309,11 @@ def restore_params(path: epath.PathLike, abstract_params: PyTree) -> Restored:
     path = epath.Path(path)
     skipped: list[str] = []
     if STEP_NAME.fullmatch(path.name) and not (path / "checkpoints").exists():
-        _from_process_0(lambda: _require_intact(path, "params/"))
+        from_process_0(lambda: _require_intact(path, "params/"))
         step, step_dir = int(path.name.partition(".")[0]), path
     else:
         directory = path / "checkpoints" if (path / "checkpoints").exists() else path
-        step, skipped = _from_process_0(lambda: _newest_intact(directory, "params/"))
+        step, skipped = from_process_0(lambda: _newest_intact(directory, "params/"))
         if step is None:
             raise UsageError(f"no checkpoint under {directory}")
         step_dir = directory / str(step)
@@ -468,7 +466,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _from_process_0(compute: Callable[[], Any]) -> Any:
+def from_process_0(compute: Callable[[], Any]) -> Any:
     """What `compute` returns or raises on process 0, on every process.
 
     The value goes through JSON. An exception other than UsageError is raised as CheckpointError

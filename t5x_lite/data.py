@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 Provider: TypeAlias = seqio.Task | seqio.Mixture
 
 # Evaluation draws the same noise at every step and in every run.
-_EVAL_SEED = 42
+EVAL_SEED = 42
 
 
 def configure(config: DataConfig) -> None:
@@ -257,7 +257,7 @@ class EvalBatches:
         num_hosts: int = 1,
     ):
         dataset = _dataset(
-            config, provider, config.eval_split, shuffle=False, seed=_EVAL_SEED, num_epochs=1
+            config, provider, config.eval_split, shuffle=False, seed=EVAL_SEED, num_epochs=1
         )
         dataset = dataset.batch(config.batch_size)
         if max_batches is not None:
@@ -307,12 +307,12 @@ def eval_examples(
     Those of a task have all their fields, those of a mixture its features alone.
     """
     split = config.eval_split if split is None else split
-    return list(examples(config, provider, split, num_examples, _EVAL_SEED))
+    return list(examples(config, provider, split, num_examples, EVAL_SEED))
 
 
 def target_texts(config: DataConfig, task: seqio.Task, split: str, num_examples: int) -> list[str]:
     """The targets of the first examples of a task's split, as text."""
-    found = examples(config, task, split, num_examples, _EVAL_SEED)
+    found = examples(config, task, split, num_examples, EVAL_SEED)
     return [text(example, "targets", target_vocabulary(task)) for example in found]
 
 
@@ -329,7 +329,7 @@ def token_counts(
 ) -> np.ndarray:
     """How often each id occurs in the first examples of the training split, int64 [vocab_size]."""
     counts = np.zeros(vocab_size, np.int64)
-    for example in examples(config, provider, config.split, num_examples, _EVAL_SEED):
+    for example in examples(config, provider, config.split, num_examples, EVAL_SEED):
         for feature in ("inputs", "targets"):
             counts += np.bincount(example[feature], minlength=vocab_size)
     return counts

@@ -206,7 +206,7 @@ def _one_by_one(
 
 
 def filter_logits(logits_BxNxV: Array, config: DecodeConfig) -> Array:
-    """Temperature, then top-k, then top-p, each on what the one before left, as Hugging Face has it.
+    """Temperature, top-k and top-p in this order, as Hugging Face has them.
 
     Ids of exactly the same probability as the last one kept are kept too.
 
@@ -372,42 +372,3 @@ def _pick(x_BxN: Array, index_BxM: Array) -> Array:
     """Chooses along the second axis: [B, N, ...] -> [B, M, ...]."""
     index = index_BxM.reshape(*index_BxM.shape, *(1,) * (x_BxN.ndim - 2))
     return jnp.take_along_axis(x_BxN, index, axis=1)
-
-
-def greedy(
-    next_logits: Callable[[Array, Array], Array],
-    batch_size: int,
-    max_length: int,
-    eos_id: int = 1,
-) -> Array:
-    """The likeliest id at each position, given those before it.
-
-    Args:
-      next_logits: (ids [B, max_length] shifted right to begin with 0, position) -> logits [B, V]
-        at that position. Ids at and after the position are 0 still.
-      batch_size: rows.
-      max_length: ids to produce at most.
-      eos_id: ends a row. Decoding stops when every row has ended.
-
-    Returns:
-      int32 [B, max_length], 0 after the end.
-    """
-
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        position, _, ended = carry
-        return (position < max_length) & ~jnp.all(ended)
-
-    def extend(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        position, inputs, ended = carry
-        ids = jnp.argmax(next_logits(inputs[:, :-1], position), axis=-1).astype(jnp.int32)
-        ids = jnp.where(ended, 0, ids)
-        # `inputs` holds what was decoded one place to the right: a start, then the ids.
-        inputs = jax.lax.dynamic_update_index_in_dim(inputs, ids, position + 1, axis=1)
-        return position + 1, inputs, ended | (ids == eos_id)
-
-    start = (
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((batch_size, max_length + 1), jnp.int32),
-        jnp.zeros((batch_size,), bool),
-    )
-    return jax.lax.while_loop(unfinished, extend, start)[1][:, 1:]

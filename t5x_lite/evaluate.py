@@ -1,17 +1,13 @@
-"""Evaluation by loss, the unigram baseline, and predictions to look at."""
+"""Evaluation by loss, and the unigram baseline."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_lite import decoding, metrics, partitioning
-from t5x_lite.models import t5
-from t5x_lite.models.config import T5Config
+from t5x_lite import metrics, partitioning
 
 Batch = Mapping[str, np.ndarray]
 
@@ -70,37 +66,3 @@ def unigram_loss(
         total += nats_V[tokens].sum()
         count += tokens.size
     return float(total / count) if count else float("nan")
-
-
-def predict(
-    config: T5Config, params: Any, inputs: Sequence[np.ndarray], input_length: int, max_length: int
-) -> np.ndarray:
-    """Greedy predictions.
-
-    Args:
-      config: the architecture.
-      params: the parameters.
-      inputs: int ids of each example, at most `input_length` of them.
-      input_length: padded length of the inputs.
-      max_length: ids to decode at most.
-
-    Returns:
-      int32 [len(inputs), max_length], 0 after the end mark.
-    """
-    tokens_BxS = np.zeros((len(inputs), input_length), np.int32)
-    for row, ids in zip(tokens_BxS, inputs, strict=True):
-        row[: len(ids)] = ids
-    return np.asarray(_greedy(config, max_length, params, tokens_BxS))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _greedy(config: T5Config, max_length: int, params: Any, tokens_BxS: jax.Array) -> jax.Array:
-    encoded = t5.encode(config, params, tokens_BxS)
-    kernel = t5.output_kernel(config, params)
-
-    def next_logits(decoder_inputs: jax.Array, position: jax.Array) -> jax.Array:
-        hidden = t5.decode(config, params, encoded, tokens_BxS, decoder_inputs)
-        last = jax.lax.dynamic_index_in_dim(hidden, position, axis=1, keepdims=False)
-        return last.astype(jnp.float32) @ kernel
-
-    return decoding.greedy(next_logits, tokens_BxS.shape[0], max_length)

@@ -8,7 +8,6 @@ from etils import epath
 
 from t5x_lite import evaluate, setup
 from t5x_lite.metrics import MetricWriter, read_metrics
-from t5x_lite.predict import Predictor
 from t5x_lite.run_config import TrainConfig, eval_name
 
 
@@ -41,14 +40,7 @@ class Evaluator:
         self._programs = programs
         self._writer = writer
         self._is_stopped = is_stopped
-        lengths = config.data.task_feature_lengths
-        self.predictor = Predictor(
-            config.model,
-            programs.mesh,
-            batch_size=config.evaluation.batch_size or config.data.batch_size,
-            input_length=lengths["inputs"],
-            target_length=lengths["targets"],
-        )
+        self.predictor = setup.make_predictor(config, programs.mesh)
 
     def has_evaluated(self, step: int) -> bool:
         """True if the evaluation of this step was written to its end."""

@@ -286,9 +286,8 @@ def _choose_charts(series: Mapping[str, Records], baselines: Mapping[str, Any]) 
     charts = []
     for key in [*_CHARTS, *(k for k in evaluated if k not in _CHARTS)]:
         title, unit = _CHARTS.get(key, (key, ""))
-        unigram_loss = baselines.get("unigram_loss")
-        has_level = key == "text_loss" and unigram_loss is not None
-        level = (f"unigram {unigram_loss:.2f}", unigram_loss) if has_level else None
+        loss = baselines.get("unigram_loss") if key == "text_loss" else None
+        level = None if loss is None else (f"unigram {loss:.2f}", loss)
         charts.append(_Chart(title, unit, curves(shared, key), level))
     for name in sorted(tasks):
         baseline = baselines.get("tasks", {}).get(name, {"metrics": {}})

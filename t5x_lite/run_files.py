@@ -16,6 +16,7 @@ from t5x_lite.run_config import TrainConfig
 
 # A copy of the SentencePiece model: the run can be read without the original.
 VOCABULARY_FILE = "vocabulary.model"
+MODEL_FILE = "model.json"
 
 
 def check_writable(model_dir: str) -> None:
@@ -47,7 +48,7 @@ def check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
             f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
             f"which is kept in {path}: its ids mean something else"
         )
-    path = model_dir / "model.json"
+    path = model_dir / MODEL_FILE
     saved = json.loads(path.read_text()).get("text_files_shards") if path.exists() else None
     if saved is not None and saved != text_files_shards(data.provider):
         raise UsageError(
@@ -67,7 +68,7 @@ def check_initial_vocabulary(path: str, data: setup.Input) -> None:
 
     start = epath.Path(path)
     for folder in (start, start.parent, start.parent.parent):
-        if not (folder / "model.json").exists():
+        if not (folder / MODEL_FILE).exists():
             continue
         saved = folder / VOCABULARY_FILE
         content = saved.read_bytes() if saved.exists() else None
@@ -98,6 +99,6 @@ def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: se
             files.write_atomically(model_dir / VOCABULARY_FILE, content)
         files.write_atomically(model_dir / "config.gin", config_text.encode())
         text = json.dumps(description, indent=2) + "\n"
-        files.write_atomically(model_dir / "model.json", text.encode())
+        files.write_atomically(model_dir / MODEL_FILE, text.encode())
     except OSError as e:
         raise UsageError(f"MODEL_DIR = {str(model_dir)!r} cannot be written: {e.strerror}") from e

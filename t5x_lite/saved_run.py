@@ -11,18 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import seqio
 from etils import epath
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from jax.sharding import Mesh
 
-from t5x_lite import partitioning
+from t5x_lite import best, partitioning
 from t5x_lite.checkpoints import CheckpointError, restore_params
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.integrity import find_damage, is_committed, scan
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
-
-MODEL_FILE = "model.json"
-VOCABULARY_FILE = "vocabulary.model"
-BEST_FILE = "best.json"
+from t5x_lite.run_files import MODEL_FILE, VOCABULARY_FILE
+from tasks import vocabularies
 
 _WHICH = ("latest", "best", "all")
 _BYTES_WITHOUT_SENTINELS = seqio.ByteVocabulary(extra_ids=0).vocab_size
@@ -94,7 +93,7 @@ def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqi
     vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=0)
     try:
         found = vocabulary.vocab_size
-    except RuntimeError as e:
+    except (DecodeError, RuntimeError) as e:
         raise UsageError(f"{path} is not a SentencePiece model") from e
     if found != size:
         raise UsageError(
@@ -155,7 +154,7 @@ def _newest_intact(directory: epath.Path, steps: list[int]) -> int:
 
 
 def _best_step(model_dir: epath.Path) -> int:
-    path = model_dir / BEST_FILE
+    path = model_dir / best.FILE_NAME
     if not path.is_file():
         raise UsageError(
             f"--checkpoint=best: {path} is not there; a run trained with BEST_METRIC writes it "
@@ -188,3 +187,25 @@ def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
     )
     path = (run.model_dir / "checkpoints").resolve() / str(step)
     return restore_params(path, abstract).state
+
+
+def vocabulary_file(run: SavedRun) -> str:
+    """What VOCABULARY_FILE is to be for tasks without a vocabulary of their own."""
+    path = run.model_dir / VOCABULARY_FILE
+    return os.fspath(path) if path.exists() else vocabularies.BYTES
+
+
+def check_same_vocabulary(run: SavedRun, provider: seqio.Task | seqio.Mixture) -> None:
+    """Raises UsageError for a task whose ids mean something else than the run's."""
+    from t5x_lite import data  # with all tasks; reading a run does without
+
+    for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
+        own = data.target_vocabulary(task)
+        if own.vocab_size == run.vocabulary.vocab_size:
+            content = data.vocabulary_content(task)
+            if content == getattr(run.vocabulary, "sp_model", None):
+                continue
+        raise UsageError(
+            f"{task.name} has a vocabulary of its own, which is not that of the run "
+            f"({vocabulary_file(run)}): its ids mean something else to the model"
+        )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from t5x_lite import optimizers, partitioning, step
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
+from t5x_lite.predict import Predictor
 from t5x_lite.run_config import TrainConfig, eval_name
 
 if TYPE_CHECKING:
@@ -160,6 +161,19 @@ def make_programs(config: TrainConfig, *, compile_train_step: bool = True) -> Pr
         eval_step,
         abstract_state,
         state_axes,
+    )
+
+
+def make_predictor(config: TrainConfig, mesh: Mesh) -> Predictor:
+    """Decodes for evaluations, in batches of EVAL_BATCH_SIZE or more, a multiple of the devices."""
+    rows, devices = config.evaluation.batch_size or config.data.batch_size, mesh.shape["data"]
+    lengths = config.data.task_feature_lengths
+    return Predictor(
+        config.model,
+        mesh,
+        batch_size=-(-rows // devices) * devices,
+        input_length=lengths["inputs"],
+        target_length=lengths["targets"],
     )
 
 

@@ -27,8 +27,8 @@ from t5x_lite.run_config import EVAL_MODES, DataConfig
 # What `evaluate.evaluate_loss` gives and a run may be judged by.
 LOSS_METRICS = ("loss", "text_loss", "accuracy")
 
-# Rows given to the predictor at a time; it sorts them by length, so few windows are better.
-_WINDOW = 4096
+# Batches between two calls of `on_progress`; a window's rows are sorted by length.
+_WINDOW_BATCHES = 16
 
 _log = logging.getLogger(__name__)
 
@@ -86,14 +86,19 @@ class EvalTask:
         self._vocabulary = data.target_vocabulary(task)
         self._target_length = config.task_feature_lengths["targets"]
         inputs = task.output_features["inputs"].vocabulary
-        self.inputs = [_text(example, "inputs", inputs) for example in self.examples]
-        self.target_texts = [_text(e, "targets", self._vocabulary) for e in self.examples]
+        self.inputs = [data.text(example, "inputs", inputs) for example in self.examples]
+        self.target_texts = [data.text(e, "targets", self._vocabulary) for e in self.examples]
         self.targets = self._postprocess(self.target_texts, is_target=True)
 
     @property
     def needs_predictions(self) -> bool:
         """False for a task that is measured by the likelihood of its targets alone."""
         return bool(self._predict_fns) or not self._score_fns
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the post-processor names the possible answers."""
+        return bool(_classes(self.task))
 
     @property
     def needs_scores(self) -> bool:
@@ -199,18 +204,30 @@ def open_tasks(
 ) -> list[EvalTask]:
     """Reads the examples of all `members`, and looks whether they can be evaluated in this mode.
 
+    In a mixture, members without classes are left to be generated under "rank" too; a line of the
+    log says which.
+
     Raises:
-      UsageError: as `EvalTask` and `EvalTask.options`.
+      UsageError: as `EvalTask` and `EvalTask.options`; or nothing is there to be ranked.
     """
     parts = members(provider, split)
-    if mode == "rank":
-        for task in parts:
-            rank_classes(task)  # before anything is read
+    if mode == "rank" and parts:
+        without = [task for task in parts if not _classes(task)]
+        if len(without) == len(parts):
+            rank_classes(without[0])  # raises, before anything is read
+        if without:
+            names = ", ".join(task.name for task in without)
+            _log.warning("without classes to rank, generated instead: %s", names)
     opened = [EvalTask(config, task, split, num_examples) for task in parts]
     if mode == "rank":
         for eval_task in opened:
-            eval_task.options()
+            if eval_task.has_classes:
+                eval_task.options()
     return opened
+
+
+def _classes(task: seqio.Task) -> tuple[str, ...]:
+    return tuple(getattr(task._postprocess_fn, "classes", None) or ())
 
 
 def rank_classes(task: seqio.Task) -> tuple[str, ...]:
@@ -219,13 +236,13 @@ def rank_classes(task: seqio.Task) -> tuple[str, ...]:
     Raises:
       UsageError: the task names none.
     """
-    classes = getattr(task._postprocess_fn, "classes", None)
+    classes = _classes(task)
     if not classes:
         raise UsageError(
             f"{task.name} has no classes to rank: its postprocess_fn needs an attribute `classes` "
             "(tasks.postprocessors.ClassLabel has one), or use the mode 'generate'"
         )
-    return tuple(classes)
+    return classes
 
 
 def check_metric(name: str, eval_tasks: Sequence[EvalTask], loss_series: str) -> None:
@@ -277,19 +294,21 @@ def evaluate(
       predictor: decodes and scores.
       params: the parameters.
       mode: "generate" decodes; "rank" takes the class whose text is likeliest, the first of equal
-        ones.
+        ones; a task without classes is decoded.
       decode: how "generate" decodes; greedy by default. Of several outputs the first counts.
-      on_progress: called with the number of examples done.
+      on_progress: called now and then with the number of examples done; may raise to stop.
 
     Raises:
       UsageError: as `EvalTask.options`.
     """
     if mode not in EVAL_MODES:
         raise ValueError(f"mode {mode!r}")
-    options = eval_task.options() if mode == "rank" and eval_task.needs_predictions else {}
+    ranks = mode == "rank" and eval_task.needs_predictions and eval_task.has_classes
+    options = eval_task.options() if ranks else {}
     records: list[dict[str, Any]] = []
     target_scores: list[float] = []
-    for window in _windows(len(eval_task.examples), max(1, len(options))):
+    size = max(1, _WINDOW_BATCHES * predictor.batch_size // max(1, len(options)))
+    for window in _windows(len(eval_task.examples), size):
         examples = eval_task.examples[window]
         inputs = [example["inputs"] for example in examples]
         rows: list[dict[str, Any]] = [{} for _ in examples]
@@ -346,8 +365,7 @@ def write(
     writer.write(eval_task.series, step, values)
 
 
-def _windows(num_examples: int, rows_per_example: int) -> Iterator[slice]:
-    size = max(1, _WINDOW // rows_per_example)
+def _windows(num_examples: int, size: int) -> Iterator[slice]:
     for start in range(0, num_examples, size):
         yield slice(start, min(start + size, num_examples))
 
@@ -389,13 +407,17 @@ def _metric_functions(task: seqio.Task) -> tuple[list[Callable], list[Callable]]
         type(m).__name__ for m in task.metric_objs[: len(task.metric_objs) - num_functions]
     ]
     if left_out:
-        _log.warning(
-            "%s: %s left out: a metric is a function of (targets, predictions) or of "
-            "(targets, scores)",
-            task.name,
-            ", ".join(left_out),
+        _tell_once(
+            f"{task.name}: {', '.join(left_out)} left out: a metric is a function of (targets, "
+            "predictions) or of (targets, scores)"
         )
     return list(task.predict_metric_fns), list(task.score_metric_fns)
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    """In every evaluation the same would be said."""
+    _log.warning("%s", line)
 
 
 def _number(task: str, name: str, value: Any) -> float | None:
@@ -403,7 +425,7 @@ def _number(task: str, name: str, value: Any) -> float | None:
     if isinstance(value, seqio.metrics.Scalar):
         value = value.value
     if isinstance(value, seqio.metrics.MetricValue):
-        _log.warning("%s: metric %r is a %s, left out", task, name, type(value).__name__)
+        _tell_once(f"{task}: metric {name!r} is a {type(value).__name__}, left out")
         return None
     try:
         return float(value)
@@ -411,14 +433,6 @@ def _number(task: str, name: str, value: Any) -> float | None:
         raise UsageError(
             f"{task}: metric {name!r} is {value!r}; it must be a number or a seqio.metrics.Scalar"
         ) from e
-
-
-def _text(example: Mapping[str, Any], feature: str, vocabulary: seqio.Vocabulary) -> str:
-    """The text of a feature before it became ids, or what its ids say."""
-    text = example.get(f"{feature}_pretokenized")
-    if text is None:
-        return vocabulary.decode([int(i) for i in example[feature]])
-    return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
 
 
 def _own_fields(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def _register_supervised() -> None:
         RecordsSource(splits, kind_records),
         VOCABULARY,
         casts=[_cast("kind: ", "docstring", "kind")],
-        metric_fns=[metrics.accuracy],
+        metric_fns=[metrics.accuracy, metrics.mean_multiclass_f1(num_classes=len(KINDS))],
         postprocess_fn=postprocessors.ClassLabel(KINDS),
     )
     registration.register_supervised(

@@ -7,6 +7,7 @@ from the end, so that `<extra_id_0>` is the last id.
 import abc
 import functools
 import io
+import itertools
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -179,11 +180,13 @@ def num_sentinels(vocabulary: seqio.Vocabulary) -> int:
         vocabulary = vocabulary.resolve()
     if vocabulary.extra_ids or not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return vocabulary.extra_ids
-    pieces = vocabulary.tokenizer
-    count = 0
-    while _SENTINEL_PIECE.fullmatch(pieces.IdToPiece(vocabulary.vocab_size - 1 - count)):
-        count += 1
-    return count
+    return _num_sentinel_pieces(vocabulary.tokenizer)
+
+
+@functools.cache
+def _num_sentinel_pieces(pieces: sentencepiece.SentencePieceProcessor) -> int:
+    from_last = (pieces.IdToPiece(i) for i in range(pieces.GetPieceSize() - 1, -1, -1))
+    return sum(1 for _ in itertools.takewhile(_SENTINEL_PIECE.fullmatch, from_last))
 
 
 def text_token_mask(vocabulary: seqio.Vocabulary) -> np.ndarray:

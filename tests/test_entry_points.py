@@ -22,7 +22,9 @@ def one_line_of(capfd) -> str:
 # ---- help ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [(), ("train",), ("report",), ("tasks",), ("vocab",)], ids=str)
+@pytest.mark.parametrize(
+    "verb", [(), ("train",), ("eval",), ("infer",), ("report",), ("tasks",), ("vocab",)], ids=str
+)
 def test_help_shows_an_example(capsys, verb):
     with pytest.raises(SystemExit) as exit:
         main([*verb, "--help"])

@@ -100,15 +100,3 @@ def test_unigram_loss_of_the_training_text_is_its_entropy():
 def test_unigram_loss_without_text_is_no_number():
     batch = targets_batch([[1, 0], [1, 0]])
     assert math.isnan(evaluate.unigram_loss(np.ones(4), [batch], np.arange(4) > 1))
-
-
-def test_predictions_come_in_the_order_of_the_inputs():
-    """A row does not depend on those beside it."""
-    params = t5.init(TINY, jax.random.key(1))
-    rng = np.random.default_rng(2)
-    inputs = [rng.integers(2, VOCAB_SIZE, length) for length in (3, 8, 1, 5)]
-    together = evaluate.predict(TINY, params, inputs, input_length=8, max_length=6)
-    assert together.shape == (4, 6)
-    assert together.dtype == np.int32
-    alone = [evaluate.predict(TINY, params, [ids], 8, 6)[0] for ids in inputs]
-    np.testing.assert_array_equal(together, np.stack(alone))

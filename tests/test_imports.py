@@ -14,8 +14,11 @@ PACKAGE = REPO / "t5x_lite"
 PURE = {"models", "losses", "step", "decoding", "optimizers", "partitioning"}
 PURE_MAY_IMPORT = {"jax", "flax", "optax", "numpy"}
 # The command line, the rooms that may load TensorFlow and seqio, and those that load these.
-SEQIO_ROOMS = {"data", "packing", "inspect_tasks", "task_stages", "vocab"}
-EDGE = SEQIO_ROOMS | {"__main__", "gin_utils", "wrap_up"}
+SEQIO_ROOMS = {
+    *("data", "packing", "inspect_tasks", "gold_check", "task_stages", "vocab"),
+    *("task_evaluation", "evaluate_run", "saved_run"),
+}
+EDGE = SEQIO_ROOMS | {"__main__", "gin_utils", "wrap_up", "baselines", "infer", "infer_task"}
 # Leaves that any room may use: they import nothing of t5x_lite themselves.
 LEAVES = {"errors", "files"}
 HEAVY = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "gin"}
