@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from t5x_lite.errors import Failure, UsageError, nearest
-from t5x_lite.files import is_local
+from t5x_lite.files import absolute, is_local
 from t5x_lite.integrity import (
     STEP_NAME,
     delete,
@@ -93,7 +93,7 @@ class Checkpoints:
         for name, value in (("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise UsageError(f"checkpoints: {name} is {value}; allowed: None or at least 1")
-        self._directory = epath.Path(directory)
+        self._directory = absolute(directory)
         self._keep = keep
         self._keep_every = keep_every
         self._pinned: int | None = None
@@ -306,7 +306,7 @@ def restore_params(path: epath.PathLike, abstract_params: PyTree) -> Restored:
       UsageError: if there is no checkpoint, or its parameters differ in names or shapes.
       CheckpointError: if the step is damaged, or all are.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     skipped: list[str] = []
     if STEP_NAME.fullmatch(path.name) and not (path / "checkpoints").exists():
         from_process_0(lambda: _require_intact(path, "params/"))

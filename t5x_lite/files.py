@@ -33,3 +33,12 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path as Orbax wants it: absolute on a local disk, as it is on an object store.
+
+    `epath.Path.resolve` would put the working directory before "gs://".
+    """
+    path = epath.Path(path)
+    return path.resolve() if is_local(path) else path

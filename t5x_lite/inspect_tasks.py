@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import seqio
 
-from t5x_lite import data, task_stages
+from t5x_lite import data, gold_check, task_stages
 from t5x_lite.data import Provider
 from t5x_lite.errors import UsageError, nearest
+from t5x_lite.gold_check import GoldCheck
 from t5x_lite.run_config import DataConfig
 from t5x_lite.task_stages import Measures
 from tasks import vocabularies
@@ -80,7 +81,10 @@ def _describe_source(source: Any) -> str:
 
 
 def inspect_task(config: DataConfig, *, num_examples: int = 1000, num_shown: int = 1) -> None:
-    """Prints examples of `config.split` at each stage, then lengths, truncation, padding and speed.
+    """Prints examples of `config.split` at each stage, then what can be counted over a sample.
+
+    That is lengths, truncation, padding and speed, and, of tasks with metrics, the metrics of the
+    targets against themselves.
 
     The examples are the first of the split, unshuffled; nothing beyond them is read.
 
@@ -104,6 +108,15 @@ def inspect_task(config: DataConfig, *, num_examples: int = 1000, num_shown: int
     _print_rows(config, provider, lengths, num_shown)
     measures = task_stages.measure(config, provider, lengths, num_examples)
     _print_measures(measures, config.split, num_examples)
+    for task in _members(config, provider):
+        if task.predict_metric_fns:
+            _print_gold(task, gold_check.check(config, task, num_examples), config.split)
+
+
+def _members(config: DataConfig, provider: Provider) -> list[seqio.Task]:
+    """The tasks of a mixture, or the task itself, that have the split."""
+    members = [provider] if isinstance(provider, seqio.Task) else provider.tasks
+    return [task for task in members if config.split in task.splits]
 
 
 def _check(config: DataConfig, provider: Provider) -> dict[str, int]:
@@ -166,8 +179,7 @@ def _print_texts(
     config: DataConfig, provider: Provider, lengths: Mapping[str, int], num_shown: int
 ) -> None:
     """Records of the source, and the text that the tokenizer gets where that is another."""
-    members = [provider] if isinstance(provider, seqio.Task) else provider.tasks
-    members = [task for task in members if config.split in task.splits]
+    members = _members(config, provider)
     for task in members[:_MAX_MEMBERS]:
         of_task = "" if task is provider else f" of {task.name}"
         source = task.source.get_dataset(split=config.split, shuffle=False)
@@ -298,6 +310,45 @@ def histogram(lengths: np.ndarray, limit: int) -> list[str]:
     return lines
 
 
+# ---- gold against gold ---------------------------------------------------------------------------
+
+
+def _print_gold(task: seqio.Task, found: GoldCheck, split: str) -> None:
+    total = found.num_examples
+    _print_heading(
+        f"Gold against gold: {task.name}, {total:,} targets of {split!r} as if predicted"
+    )
+    _print_columns([(name, f"{value:g}") for name, value in found.metrics.items()])
+    text, *values = (_show(value) for value in found.first)
+    made = values[0] if values[0] == values[1] else f"{values[0]}; predicted: {values[1]}"
+    print(f"{_INDENT}the first: {text!r}, after the post-processor: {made}")
+    print(
+        f"{_INDENT}{found.num_texts:,} different targets, {found.num_values:,} different values "
+        "after the post-processor"
+    )
+    if found.classes:
+        majority = max(found.classes, key=lambda name: found.classes[name])
+        share = _share(found.classes[majority], total)
+        print(f"{_INDENT}classes (to answer {majority!r} every time is right for {share})")
+        _print_columns(
+            [
+                (f"{_INDENT}{name}", f"{count:,}", _share(count, total))
+                for name, count in found.classes.items()
+            ]
+        )
+    if found.outside:
+        print(
+            f"{_INDENT}WRONG: {len(found.outside):,} of {total:,} targets are none of the classes; "
+            f"the first: {_show(found.outside[0])!r}"
+        )
+    if found.changed:
+        before, after = (_show(part) for part in found.changed[0])
+        print(
+            f"{_INDENT}{len(found.changed):,} of {total:,} targets do not come back through the "
+            f"vocabulary and the length; the first: {before!r} comes back as {after!r}"
+        )
+
+
 # ---- printing ------------------------------------------------------------------------------------
 
 
@@ -305,7 +356,9 @@ def _first(dataset: Any, count: int) -> list[Mapping[str, Any]]:
     return list(dataset.take(count).as_numpy_iterator())
 
 
-def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(record, Mapping):
+        record = {"line": record}
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}/")

@@ -185,8 +185,7 @@ def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
         shapes,
         partitioning.shardings(mesh, axes),
     )
-    path = (run.model_dir / "checkpoints").resolve() / str(step)
-    return restore_params(path, abstract).state
+    return restore_params(run.model_dir / "checkpoints" / str(step), abstract).state
 
 
 def vocabulary_file(run: SavedRun) -> str:

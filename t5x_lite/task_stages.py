@@ -65,6 +65,8 @@ def text_stage(
 
 def _text_fields(dataset: Dataset, names: Iterable[str]) -> list[str]:
     spec = dataset.element_spec
+    if not isinstance(spec, Mapping):  # the lines of a file
+        return []
     return [name for name in names if name in spec and spec[name].dtype == "string"]
 
 

@@ -61,7 +61,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     run_files.check_writable(config.model_dir)
     setup.make_mesh(config)  # what can be refused at once is
     checkpoints = Checkpoints(
-        (model_dir / "checkpoints").resolve(),
+        model_dir / "checkpoints",
         keep=config.checkpoint_keep,
         keep_every=config.checkpoint_keep_every,
     )

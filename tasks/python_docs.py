@@ -240,7 +240,10 @@ class RecordsSource(seqio.DataSource):
             order = np.random.default_rng(seed).permutation(len(records))
         if shard_info:
             order = order[shard_info.index :: shard_info.num_shards]
-        columns = {name: [records[i][name] for i in order] for name in records[0]}
+        columns = {
+            name: tf.constant([records[i][name] for i in order.tolist()], tf.string)
+            for name in records[0]
+        }
         return tf.data.Dataset.from_tensor_slices(columns)
 
 

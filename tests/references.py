@@ -1,5 +1,6 @@
 """Small readers of other programs' checkpoints, for the tests alone."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -31,7 +32,7 @@ def config_from_json(path: pathlib.Path) -> T5Config:
         tie_embeddings=values["tie_word_embeddings"],
         relative_attention_num_buckets=values["relative_attention_num_buckets"],
         relative_attention_max_distance=values["relative_attention_max_distance"],
-        relative_bias_per_layer=values.get("scanned", False),
+        relative_bias_per_layer=values.get("scanned") or values.get("model_type") == "umt5",
     )
 
 
@@ -59,17 +60,23 @@ def nest(flat: Mapping[str, np.ndarray]) -> dict:
 
 
 def params_from_hf(directory: pathlib.Path) -> dict:
-    """Parameters of a T5ForConditionalGeneration saved as safetensors."""
+    """Parameters of T5ForConditionalGeneration and its kin, saved as one file or several."""
     attention = {"q": "query", "k": "key", "v": "value", "o": "out"}
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(path)
+    bias_per_layer = sum("relative_attention_bias" in name for name in tensors) > 2
     flat = {}
-    for name, value in safetensors.numpy.load_file(directory / "model.safetensors").items():
+    for name, value in tensors.items():
         name = name.removesuffix(".weight")
         if name == "shared":
             flat["token_embedder/embedding"] = value
         elif name == "lm_head":
             flat["decoder/logits_dense/kernel"] = value.T
         elif name.endswith("relative_attention_bias"):
-            flat[f"{name.split('.')[0]}/relpos_bias/rel_embedding"] = value.T
+            stack, _, block, *_ = name.split(".")
+            place = f"{stack}/layers_{block}" if bias_per_layer else stack
+            flat[f"{place}/relpos_bias/rel_embedding"] = value.T
         elif name.endswith("final_layer_norm"):
             stack = name.split(".")[0]
             flat[f"{stack}/{stack}_norm/scale"] = value
@@ -94,6 +101,22 @@ def params_from_hf(directory: pathlib.Path) -> dict:
                     kind = "attention"
                 flat[f"{prefix}{kind}/{attention[rest[1]]}/kernel"] = value.T
     return nest(flat)
+
+
+def load_hf(directory: pathlib.Path) -> tuple[T5Config, dict]:
+    """Configuration and parameters of a Hugging Face fixture; its tensors tell what is tied."""
+    params = params_from_hf(directory)
+    config = config_from_json(directory / "config.json")
+    tied = "logits_dense" not in params["decoder"]
+    return dataclasses.replace(config, tie_embeddings=tied), params
+
+
+def load_t5x(directory: pathlib.Path) -> tuple[T5Config, dict]:
+    """Configuration and parameters of a T5X fixture."""
+    reader = params_from_t5x_orbax if "orbax" in directory.name else params_from_t5x_legacy
+    scanned = "_scanned" in directory.name
+    params = reader(directory / "checkpoint_5", scanned=scanned)
+    return config_from_json(directory / "config.json"), params
 
 
 def read_zarr(directory: pathlib.Path) -> np.ndarray:

@@ -7,7 +7,8 @@ import re
 import jax
 import pytest
 
-from t5x_lite import gin_utils, setup
+from t5x_lite import gin_utils, optimizers, setup
+from t5x_lite.errors import UsageError
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 MODELS = sorted(p.relative_to(REPO).as_posix() for p in REPO.glob("gin_configs/models/**/*.gin"))
@@ -18,7 +19,16 @@ RUNS = {
         "TRAIN_STEPS = 524288",
         "MODEL_DIR = 'runs/x'",
     ],
+    "gin_configs/runs/finetune.gin": [
+        "INITIAL_CHECKPOINT_PATH = 'runs/x'",
+        "MIXTURE_OR_TASK_NAME = 'glue_v002_proportional'",
+        "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 84}",
+        "TRAIN_STEPS = 262144",
+        "MODEL_DIR = 'runs/y'",
+    ],
     "gin_configs/runs/python_docs.gin": [],
+    "gin_configs/runs/python_docs_finetune.gin": [],
+    "gin_configs/runs/sst2.gin": [],
 }
 PUBLISHED = {
     "t5_1_0/small": 60_506_624,
@@ -74,10 +84,26 @@ def test_model(model):
 @pytest.mark.parametrize("run", [run for run, bindings in RUNS.items() if not bindings])
 @pytest.mark.parametrize("model", [model for model in MODELS if model.endswith("/tiny.gin")])
 def test_run_file_that_needs_nothing_more(model, run):
-    """As its own heading says, and with the vocabulary it trains."""
+    """As its own heading says, and with room for the ids of its vocabulary."""
     config, state = make(model, run)
-    assert state.params["token_embedder"]["embedding"].shape[0] == config.model.vocab_size == 4096
+    vocab_size = 4096 if "python_docs" in run else 32128
+    assert state.params["token_embedder"]["embedding"].shape[0] == vocab_size
     assert config.train_steps > 0
+
+
+def test_finetuning_is_t5s():
+    """Raffel et al. 2020, section 3.1.2 (the rate) and 3.1.1 (dropout)."""
+    config, _ = make("gin_configs/models/t5_1_1/base.gin", "gin_configs/runs/finetune.gin")
+    rate = optimizers.make_schedule(config.optimizer)
+    assert [float(rate(step)) for step in (0, 1000, 262144)] == [pytest.approx(1e-3)] * 3
+    assert config.model.dropout_rate == 0.1
+
+
+def test_finetuning_needs_a_checkpoint():
+    run = "gin_configs/runs/finetune.gin"
+    bindings = [b for b in RUNS[run] if not b.startswith("INITIAL")]
+    with pytest.raises(UsageError, match="INITIAL_CHECKPOINT_PATH must be given"):
+        gin_utils.load_train_config(["gin_configs/models/t5_1_1/base.gin", run], bindings)
 
 
 def test_adamw_holds_two_moments_of_every_parameter():

@@ -37,6 +37,43 @@ def _cast(example):
     return {"inputs": question, "targets": example["answer"]}
 
 
+WORDS = ("no", "yes", "no", "no", "perhaps")
+
+
+def _answers(split, shuffle_files, seed=None):
+    del split, shuffle_files, seed
+    return tf.data.Dataset.from_tensor_slices({"inputs": ["?"] * 5, "targets": list(WORDS)})
+
+
+def _answer(text, example=None, is_target=False):
+    return text
+
+
+_answer.classes = ("yes", "no", "perhaps")
+
+
+def _capitals(text, example=None, is_target=False):
+    """Broken: expects what the model is not trained to write."""
+    return text.capitalize() if is_target else text
+
+
+def _number(text, example=None, is_target=False):
+    return int(text)
+
+
+def _share_equal(targets, predictions):
+    return {"equal": 100 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])}
+
+
+def _mean_score(targets, scores):
+    raise AssertionError("there is no model")
+
+
+@seqio.map_over_dataset
+def _line(line):
+    return {"inputs": "? " + line, "targets": line}
+
+
 def _documents(split):
     return [f"Document {i} of {split} tells of the number {i * i}." for i in range(40)]
 
@@ -50,25 +87,37 @@ class UnreadableVocabulary(vocabularies.LazyVocabulary):
 def registered():
     """Tasks of our own: supervised, with both ways to end in EOS, and self-supervised."""
     feature = seqio.Feature(BYTES, add_eos=True)
+    names = []
     endings = {
         "test_pairs": seqio.preprocessors.append_eos_after_trim,
         "test_pairs_eos_first": seqio.preprocessors.append_eos,
     }
     for name, ending in endings.items():
+        names.append(name)
         seqio.TaskRegistry.add(
             name,
             source=seqio.FunctionDataSource(_pairs, splits=["train", "empty"]),
             preprocessors=[_cast, seqio.preprocessors.tokenize, ending],
             output_features={"inputs": feature, "targets": feature},
         )
+    for postprocess in (_answer, _capitals, _number):
+        names.append(f"test{postprocess.__name__}")
+        seqio.TaskRegistry.add(
+            names[-1],
+            source=seqio.FunctionDataSource(_answers, splits=["train"]),
+            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+            output_features={"inputs": feature, "targets": feature},
+            postprocess_fn=postprocess,
+            metric_fns=[_share_equal, _mean_score],
+        )
     source = sources.DocumentsSource(["train", "validation"], _documents)
-    names = registration.register_objectives("test_documents", source, BYTES)
+    names += registration.register_objectives("test_documents", source, BYTES)
     seqio.MixtureRegistry.add(
         "test_mixture", [("test_documents_prefix_lm", 3), ("test_documents_span_corruption", 1)]
     )
     yield
     seqio.MixtureRegistry.remove("test_mixture")
-    for name in [*endings, *names]:
+    for name in names:
         seqio.TaskRegistry.remove(name)
 
 
@@ -300,6 +349,78 @@ def test_inspect_unpacked(capsys):
     out = capsys.readouterr().out
     assert "row 1, not packed" in out
     assert "segment_ids" not in out
+
+
+# ---- gold against gold ---------------------------------------------------------------------------
+
+
+def test_gold_against_gold(capsys):
+    """A target of 7 letters is cut to 3 and EOS; the other four come back."""
+    inspect_tasks.inspect_task(_config("test_answer"))
+    out = capsys.readouterr().out.split("Gold against gold: ")[1]
+    for expected in (
+        r"^test_answer, 5 targets of 'train' as if predicted\n  equal  80\n",
+        r"the first: 'no', after the post-processor: no\n",
+        r"3 different targets, 3 different values",
+        r"classes \(to answer 'no' every time is right for 60.00%\)\n",
+        r"    yes +1 +20.00%\n    no +3 +60.00%\n    perhaps +1 +20.00%\n",
+        r"1 of 5 targets do not come back .* the first: 'perhaps' comes back as 'per'\n$",
+    ):
+        assert re.search(expected, out), f"{expected} not in\n{out}"
+    assert "WRONG" not in out
+
+
+def test_gold_against_gold_shows_a_broken_post_processor(capsys):
+    config = _config("test_capitals", {"inputs": 10, "targets": 20})
+    inspect_tasks.inspect_task(config)
+    out = capsys.readouterr().out.split("Gold against gold: ")[1]
+    assert re.search(r"\n  equal  0\n", out)
+    assert "the first: 'no', after the post-processor: No; predicted: no\n" in out
+    assert "come back" not in out
+
+
+def test_gold_against_gold_with_a_target_outside_the_classes(capsys, monkeypatch):
+    monkeypatch.setattr(_answer, "classes", ("yes", "no"))
+    inspect_tasks.inspect_task(_config("test_answer", {"inputs": 10, "targets": 20}))
+    out = capsys.readouterr().out
+    assert "WRONG: 1 of 5 targets are none of the classes; the first: 'perhaps'\n" in out
+
+
+def test_gold_against_gold_with_a_post_processor_that_fails():
+    with pytest.raises(UsageError, match=r"test_number: .* ValueError: invalid literal .*'no'$"):
+        inspect_tasks.inspect_task(_config("test_number"))
+
+
+def test_gold_against_gold_of_each_member(capsys):
+    """Those without metrics are left out."""
+    seqio.MixtureRegistry.add("test_mixed", ["test_answer", "test_capitals", "test_pairs"], 1.0)
+    try:
+        inspect_tasks.inspect_task(_config("test_mixed"))
+    finally:
+        seqio.MixtureRegistry.remove("test_mixed")
+    checked = re.findall(r"Gold against gold: (\w+),", capsys.readouterr().out)
+    assert checked == ["test_answer", "test_capitals"]
+
+
+# ---- details -------------------------------------------------------------------------------------
+
+
+def test_source_of_lines(tmp_path, capsys):
+    """Its records are no dictionaries."""
+    (tmp_path / "lines.txt").write_text("one line\n")
+    seqio.TaskRegistry.add(
+        "test_lines",
+        source=seqio.TextLineDataSource({"train": str(tmp_path / "lines.txt")}),
+        preprocessors=[_line, seqio.preprocessors.tokenize],
+        output_features={n: seqio.Feature(BYTES, add_eos=False) for n in ("inputs", "targets")},
+    )
+    try:
+        inspect_tasks.inspect_task(_config("test_lines"))
+    finally:
+        seqio.TaskRegistry.remove("test_lines")
+    out = capsys.readouterr().out
+    assert "Raw: record 1\n  line  one line\n" in out
+    assert re.search(r"Text: example 1, .*\n  inputs +\? one line\n  targets +one line\n", out)
 
 
 @given(
