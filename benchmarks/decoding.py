@@ -7,7 +7,8 @@ Inputs of 64 ids, and 32 new ones for each: the end mark is made unlikely in the
 needs the optional extra `bench`; it has the same weights, and how many of its rows are ours to the
 last id is printed. The first call of each, with all compilation, is timed apart. The two systems
 take turns, so that a noisy neighbour slows both; figures are medians over `--repeats` turns.
-Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 as the Makefile does.
+Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 as the Makefile does, and on a machine that is not quiet
+OMP_WAIT_POLICY=passive, without which the peer's threads wait in busy loops and it loses tenfold.
 """
 
 import argparse

@@ -85,7 +85,7 @@ class Predictor:
           params: as `t5.init` gives them, placed on the mesh.
           inputs: int ids of each row, at most `input_length`.
           decode: how.
-          seed: for sampling.
+          seed: for sampling; from 0 to 2^32 - 1.
           first_index: number of the first row; row i draws from (seed, first_index + i) alone.
 
         Raises:
@@ -101,8 +101,9 @@ class Predictor:
                 "indices": np.full((self.batch_size, 1), -1, np.int32),
             }
             batch["indices"][: len(rows), 0] = np.asarray(rows) + first_index
+            placed = self._place(batch)
             out = _generate(
-                self.config, self.mesh, self.target_length, decode, params, self._place(batch), seed
+                self.config, self.mesh, self.target_length, decode, params, placed, np.uint32(seed)
             )
             ids_BxNxT, scores_BxN = jax.device_get(out)
             for slot, row in enumerate(rows):
@@ -184,7 +185,7 @@ def _generate(
     decode: DecodeConfig,
     params: Any,
     batch: dict[str, Array],
-    seed: int,
+    seed: np.uint32,
 ) -> decoding.Decoded:
     tokens, indices_B = batch["tokens"], batch["indices"][:, 0]
     encoded = t5.encode(config, params, tokens)

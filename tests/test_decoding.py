@@ -145,8 +145,8 @@ def filter_by_sorting(logits: np.ndarray, config: DecodeConfig) -> np.ndarray:
     return kept
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
-@pytest.mark.parametrize("top_k", [0, 1, 5, 2000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-6])
+@pytest.mark.parametrize("top_k", [0, 1, 50, 2000])
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
 def test_filters_equal_sorting(temperature, top_k, top_p):
     config = DecodeConfig("sample", temperature=temperature, top_k=top_k, top_p=top_p)

@@ -49,7 +49,7 @@ def start(
     """Readies the decoder for a batch of encoded inputs.
 
     The layers are written out whatever `config.scan_layers` says: a loop over them would copy each
-    layer's parameters out of the stack for every single token.
+    layer's parameters out of the stack for every position, where now that is done once.
 
     Args:
       config: the architecture.
@@ -69,7 +69,7 @@ def start(
           `t5.output_kernel`.
     """
     batch_size, count = encoded_BxSxD.shape[0], config.num_decoder_layers
-    parts, decoder = t5._parts(config), params["decoder"]
+    parts, decoder = t5.module_parts(config), params["decoder"]
     embedder = (parts["token_embedder"], params["token_embedder"])
     norm = (parts["decoder"]["decoder_norm"], decoder["decoder_norm"])
     skeleton = (t5.DecoderLayer, config)
@@ -78,7 +78,7 @@ def start(
 
     cross = []
     for layer_params in layers:
-        attention = t5._merge(skeleton, layer_params).encoder_decoder_attention
+        attention = t5.merge(skeleton, layer_params).encoder_decoder_attention
         cross.append(
             (
                 _heads(attention, attention.key(encoded_BxSxD)),
@@ -88,19 +88,19 @@ def start(
     # Bias by key position minus query position, of which a window serves each query.
     distances = np.arange(-max_length + 1, max_length)
     if config.relative_bias_per_layer:
-        tables = [t5._merge(skeleton, p).relpos_bias.by_distance(distances) for p in layers]
+        tables = [t5.merge(skeleton, p).relpos_bias.by_distance(distances) for p in layers]
     else:
-        bias = t5._merge(parts["decoder"]["relpos_bias"], decoder["relpos_bias"])
+        bias = t5.merge(parts["decoder"]["relpos_bias"], decoder["relpos_bias"])
         tables = [bias.by_distance(distances)] * count
 
     def step(
         cache: Cache, tokens_BxN: Array, position: Array, sources_BxNxT: Array | None
     ) -> tuple[Array, Cache]:
         mask_Bx1xNxM = _visible(position, batch_size, num_rows, max_length, sources_BxNxT)
-        x = t5._merge(*embedder)(tokens_BxN)
+        x = t5.merge(*embedder)(tokens_BxN)
         keys, values = [], []
         for index, layer_params in enumerate(layers):
-            layer = t5._merge(skeleton, layer_params)
+            layer = t5.merge(skeleton, layer_params)
             window_HxT = jax.lax.dynamic_slice_in_dim(
                 tables[index], max_length - 1 - position, max_length, axis=1
             )
@@ -114,7 +114,7 @@ def start(
             y = layer.pre_cross_attention_layer_norm(x)
             x += _attend(layer.encoder_decoder_attention, y, *cross[index], cross_mask_Bx1x1xS, 0.0)
             x += layer.mlp(layer.pre_mlp_layer_norm(x), None)
-        return t5._merge(*norm)(x), Cache(tuple(keys), tuple(values))
+        return t5.merge(*norm)(x), Cache(tuple(keys), tuple(values))
 
     shape = (batch_size, config.num_heads, max_length * num_rows, config.d_kv)
     empty = tuple(jnp.zeros(shape, config.dtype) for _ in layers)

@@ -120,7 +120,7 @@ class DecoderLayer(nnx.Module):
         return x + drop(self.mlp(y, fold(key, 4)), fold(key, 5))
 
 
-def _parts(config: T5Config) -> dict[str, Any]:
+def module_parts(config: T5Config) -> dict[str, Any]:
     """How to make each part of the tree that is no stack of layers: (class, *arguments)."""
     parts: dict[str, Any] = {
         "token_embedder": (Embedding, config),
@@ -174,7 +174,7 @@ def init(config: T5Config, key: Array) -> Params:
             return one(part_key)
         return jax.vmap(one)(jax.random.split(part_key, count))
 
-    params = jax.tree.map(draw, _parts(config), is_leaf=_is_tuple)
+    params = jax.tree.map(draw, module_parts(config), is_leaf=_is_tuple)
     for stack, count in _num_layers(config).items():
         params[stack]["layers"] = draw((_STACKS[stack], config), count)
     return params
@@ -194,7 +194,7 @@ def logical_axes(config: T5Config) -> Params:
         names = jax.tree.map(lambda p: p.get_metadata()["axes"], abstract, is_leaf=is_param)
         return nnx.to_pure_dict(names)
 
-    tree = jax.tree.map(axes, _parts(config), is_leaf=_is_tuple)
+    tree = jax.tree.map(axes, module_parts(config), is_leaf=_is_tuple)
     for stack, layer in _STACKS.items():
         tree[stack]["layers"] = jax.tree.map(
             lambda names: ("layers", *names), axes((layer, config)), is_leaf=_is_tuple
@@ -214,7 +214,8 @@ def _skeleton(part: tuple) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: part[0](*part[1:], rngs=nnx.Rngs(params=0))))
 
 
-def _merge(part: tuple, params: Params) -> Any:
+def merge(part: tuple, params: Params) -> Any:
+    """The module of a part, `(class, *arguments)`, with its parameters."""
     return nnx.merge(_skeleton(part)[0], params)
 
 
@@ -239,7 +240,7 @@ def _apply_layers(
     """Runs `x` through the stacked layers; `context` follows it into each of them."""
 
     def body(x, layer_params, index, *context):
-        layer = _merge((_STACKS[stack], config), layer_params)
+        layer = merge((_STACKS[stack], config), layer_params)
         return layer(x, *context, fold(key, index))
 
     if config.remat_policy != "none":
@@ -283,16 +284,16 @@ def encode(
       [B, S, d_model] in the computation's dtype.
     """
     key = fold(dropout_key, _ENCODER_KEY)
-    parts = _parts(config)
+    parts = module_parts(config)
     segments = _encoder_segments(tokens_BxS, segment_ids_BxS)
     mask = _same_segment(segments, segments)
     length = tokens_BxS.shape[1]
     bias = _stack_bias(parts["encoder"], params["encoder"], length)
-    x = _merge(parts["token_embedder"], params["token_embedder"])(tokens_BxS)
+    x = merge(parts["token_embedder"], params["token_embedder"])(tokens_BxS)
     x = dropout(x, fold(key, _EMBEDDING_KEY), config.dropout_rate, shared_axes=(-2,))
     layers_key = fold(key, _LAYERS_KEY)
     x = _apply_layers(config, "encoder", params["encoder"]["layers"], x, layers_key, mask, bias)
-    x = _merge(parts["encoder"]["encoder_norm"], params["encoder"]["encoder_norm"])(x)
+    x = merge(parts["encoder"]["encoder_norm"], params["encoder"]["encoder_norm"])(x)
     # Here alone T5X draws a mask for each position.
     return dropout(x, fold(key, _OUTPUT_KEY), config.dropout_rate)
 
@@ -324,7 +325,7 @@ def decode(
       [B, L, d_model], ready for a product with `output_kernel`.
     """
     key = fold(dropout_key, _DECODER_KEY)
-    parts = _parts(config)
+    parts = module_parts(config)
     batch_size, length = decoder_tokens_BxL.shape
     encoder_segments = _encoder_segments(encoder_tokens_BxS, encoder_segment_ids_BxS)
     segments = decoder_segment_ids_BxL
@@ -334,12 +335,12 @@ def decode(
     mask = _same_segment(segments, segments) & causal_LxL
     cross_mask = _same_segment(segments, encoder_segments)
     bias = _stack_bias(parts["decoder"], params["decoder"], length)
-    x = _merge(parts["token_embedder"], params["token_embedder"])(decoder_tokens_BxL)
+    x = merge(parts["token_embedder"], params["token_embedder"])(decoder_tokens_BxL)
     x = dropout(x, fold(key, _EMBEDDING_KEY), config.dropout_rate, shared_axes=(-2,))
     layers, layers_key = params["decoder"]["layers"], fold(key, _LAYERS_KEY)
     context = (encoded_BxSxD, mask, cross_mask, bias)
     x = _apply_layers(config, "decoder", layers, x, layers_key, *context)
-    x = _merge(parts["decoder"]["decoder_norm"], params["decoder"]["decoder_norm"])(x)
+    x = merge(parts["decoder"]["decoder_norm"], params["decoder"]["decoder_norm"])(x)
     return dropout(x, fold(key, _OUTPUT_KEY), config.dropout_rate, shared_axes=(-2,))
 
 
@@ -387,7 +388,7 @@ def _stack_bias(parts: Params, params: Params, length: int) -> Array | None:
     """The bias [1, H, L, L] that all layers of the stack share; None if each has its own."""
     if "relpos_bias" not in parts:
         return None
-    return _merge(parts["relpos_bias"], params["relpos_bias"])(length, length)
+    return merge(parts["relpos_bias"], params["relpos_bias"])(length, length)
 
 
 def _encoder_segments(tokens: Array, segment_ids: Array | None) -> Array:
