@@ -195,6 +195,7 @@ def _eval(argv: list[str]) -> int:
         **_given(arguments, ("mode", "num_examples", "batch_size")),
         decode=_decode_config(arguments, config.evaluation.decode),
     )
+    trained_with = config.evaluation
     config = dataclasses.replace(
         config,
         model_dir=arguments.model_dir,
@@ -207,7 +208,11 @@ def _eval(argv: list[str]) -> int:
     with setup.without_native_notes():
         from t5x_lite import evaluate_run
     evaluate_run.evaluate_run(
-        config, task=arguments.task, split=arguments.split, checkpoint=arguments.checkpoint
+        config,
+        task=arguments.task,
+        split=arguments.split,
+        checkpoint=arguments.checkpoint,
+        trained_with=trained_with,
     )
     return 0
 

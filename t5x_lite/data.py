@@ -171,7 +171,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        with _bad_records():
+        with bad_records():
             return {name: tensor.numpy() for name, tensor in next(self._iterator).items()}
 
     def position(self) -> bytes:
@@ -255,7 +255,9 @@ class EvalBatches:
         max_batches: int | None,
         host: int = 0,
         num_hosts: int = 1,
+        padded_size: int | None = None,
     ):
+        """`padded_size` rows make a batch, of which `config.batch_size` (the default) are real."""
         dataset = _dataset(
             config, provider, config.eval_split, shuffle=False, seed=EVAL_SEED, num_epochs=1
         )
@@ -263,17 +265,17 @@ class EvalBatches:
         if max_batches is not None:
             dataset = dataset.take(max_batches)
         self._dataset = dataset.prefetch(2)
-        self._batch_size = config.batch_size
-        rows = config.batch_size // num_hosts
+        self._padded_size = padded_size or config.batch_size
+        rows = self._padded_size // num_hosts
         self._rows = slice(host * rows, (host + 1) * rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        with _bad_records():
+        with bad_records():
             for batch in self._dataset.as_numpy_iterator():
                 yield {name: self._pad(array)[self._rows] for name, array in batch.items()}
 
     def _pad(self, array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, self._batch_size - len(array)), (0, 0)))
+        return np.pad(array, ((0, self._padded_size - len(array)), (0, 0)))
 
 
 def examples(
@@ -283,12 +285,12 @@ def examples(
     dataset = _examples(config, provider, split, shuffle=False, seed=seed, num_epochs=1)
     if num_examples is not None:
         dataset = dataset.take(num_examples)
-    with _bad_records():
+    with bad_records():
         yield from dataset.as_numpy_iterator()
 
 
 @contextmanager
-def _bad_records() -> Iterator[None]:
+def bad_records() -> Iterator[None]:
     """Makes one line of TensorFlow's many where a record is one that its task cannot have."""
     try:
         yield

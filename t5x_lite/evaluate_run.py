@@ -13,10 +13,11 @@ import rich.console
 import rich.progress
 import rich.table
 
-from t5x_lite import data, evaluate, saved_run, setup, task_evaluation
+from t5x_lite import data, evaluate, partitioning, saved_run, setup, task_evaluation
+from t5x_lite.checkpoints import from_process_0
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.metrics import MetricWriter
-from t5x_lite.run_config import TrainConfig, eval_name
+from t5x_lite.run_config import EvalConfig, TrainConfig, eval_name
 from t5x_lite.task_evaluation import EvalTask
 
 # Series -> step -> metrics.
@@ -45,19 +46,22 @@ def evaluate_run(
     task: str | None = None,
     split: str | None = None,
     checkpoint: str = "latest",
+    trained_with: EvalConfig | None = None,
 ) -> Results:
     """Measures checkpoints, writes metrics and predictions into MODEL_DIR and prints a table.
 
     The loss is that of training: over EVAL_STEPS batches, in the series of the split, with the
     task's name if it is not the run's own. Metrics are those of each task that has some, in
-    `metrics/<task>.jsonl`, or `metrics/<task>_<split>.jsonl` for another split than the run's. A
-    step that was evaluated before gets its line replaced.
+    `metrics/<task>.jsonl`, or `metrics/<task>_<split>.jsonl` for another split than the run's, and
+    with what `evaluation` differs in from the training's after that: best.json and patience go by
+    the training's own figures. A step that was evaluated before gets its line replaced.
 
     Args:
       config: the run as it was trained, with `evaluation` as it is wanted now.
       task: a task or mixture; the run's own by default.
       split: the run's own by default.
       checkpoint: "latest", "best", "all" or steps like "1000,2000".
+      trained_with: how the training evaluates; None is the same.
 
     Returns:
       The metrics of each series and step.
@@ -68,11 +72,16 @@ def evaluate_run(
       CheckpointError: a step is damaged.
     """
     run = saved_run.read(config.model_dir)
-    steps = saved_run.checkpoint_steps(run, checkpoint)
+    steps = from_process_0(lambda: saved_run.checkpoint_steps(run, checkpoint))
     evaluation = config.evaluation
     evaluation.decode.check(config.model.vocab_size)
-    opened = _open(config, run, task, split)
-    config = dataclasses.replace(config, mesh=_mesh_shape(config))
+    config, padded_size = _fit_devices(config)
+    opened = _open(config, run, task, split, padded_size)
+    for eval_task in opened.eval_tasks:
+        eval_task.series += _suffix(evaluation, trained_with or evaluation)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_size=padded_size)
+    )
     programs = setup.make_programs(config, compile_train_step=False)
     predictor = setup.make_predictor(config, programs.mesh)
     # Metrics are computed on every process, and written by one.
@@ -87,8 +96,6 @@ def evaluate_run(
                     programs.eval_step, params, opened.batches, opened.text_ids_V, programs.mesh
                 )
             results.setdefault(opened.loss_series, {})[step] = losses
-            if writer is not None:
-                writer.write(opened.loss_series, step, losses)
             for eval_task in opened.eval_tasks:
                 total = len(eval_task.examples)
                 with bar.part(f"step {step}  {eval_task.series}", total) as on_progress:
@@ -103,14 +110,32 @@ def evaluate_run(
                 results.setdefault(eval_task.series, {})[step] = result.metrics
                 if writer is not None:
                     task_evaluation.write(config.model_dir, writer, eval_task, step, result)
+            if writer is not None:
+                writer.write(opened.loss_series, step, losses)  # last, as in training
+                writer.flush()
     if writer is not None:
-        writer.close()
         _print_tables(results)
     return results
 
 
+def _suffix(evaluation: EvalConfig, trained_with: EvalConfig) -> str:
+    """What tells these figures from those of the training, which it goes by: "_rank"."""
+    parts = []
+    if evaluation.mode != trained_with.mode:
+        parts.append(evaluation.mode)
+    if evaluation.mode == "generate" and evaluation.decode != trained_with.decode:
+        parts.append(evaluation.decode.method)
+    if evaluation.num_examples != trained_with.num_examples:
+        parts.append(f"first_{evaluation.num_examples}")
+    return "".join(f"_{part}" for part in parts)
+
+
 def _open(
-    config: TrainConfig, run: saved_run.SavedRun, task: str | None, split: str | None
+    config: TrainConfig,
+    run: saved_run.SavedRun,
+    task: str | None,
+    split: str | None,
+    padded_size: int,
 ) -> _Opened:
     """Opens the data; raises UsageError for whatever is wrong with it."""
     own = config.data.mixture_or_task_name
@@ -130,7 +155,12 @@ def _open(
     saved_run.check_same_vocabulary(run, provider)
     data.check(at_split, config.model.vocab_size)
     batches = data.EvalBatches(
-        at_split, provider, config.eval_steps, jax.process_index(), jax.process_count()
+        at_split,
+        provider,
+        config.eval_steps,
+        jax.process_index(),
+        jax.process_count(),
+        padded_size,
     )
     if next(iter(batches), None) is None:
         raise UsageError(f"{provider.name}: the split {split!r} gives no example to evaluate on")
@@ -146,11 +176,19 @@ def _open(
     )
 
 
-def _mesh_shape(config: TrainConfig) -> dict[str, int] | None:
-    """The run's mesh where the devices are as many, else all of them along `data`."""
-    if config.mesh is not None and math.prod(config.mesh.values()) == len(jax.devices()):
-        return dict(config.mesh)
-    return None
+def _fit_devices(config: TrainConfig) -> tuple[TrainConfig, int]:
+    """The run on the devices that there are, and how many rows a batch is filled up to for them.
+
+    The run's mesh where the devices are as many, else all of them along `data`.
+    """
+    shape = config.mesh
+    if shape is not None and math.prod(shape.values()) != len(jax.devices()):
+        shape = None
+    parts = partitioning.make_mesh(shape).shape["data"]
+    config = dataclasses.replace(
+        config, mesh=shape, loss=dataclasses.replace(config.loss, num_microbatches=1)
+    )
+    return config, -(-config.data.batch_size // parts) * parts
 
 
 # ---- what a person sees --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite import infer_output, partitioning, saved_run
+from t5x_lite import files, infer_output, partitioning, saved_run
 from t5x_lite.checkpoints import from_process_0
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import Failure, UsageError
@@ -92,6 +92,8 @@ class InferConfig:
             value = getattr(self, flag)
             if value is not None and value < least:
                 raise UsageError(f"--{flag}={value}: must be at least {least}")
+        if self.seed >= 2**32:
+            raise UsageError(f"--seed={self.seed}: must be less than 2^32")
         if self.score is not None and self.decode != DecodeConfig():
             raise UsageError("--score generates nothing: leave out the flags of decoding")
         if self.checkpoint == "all" or "," in self.checkpoint:
@@ -271,11 +273,15 @@ def _settings(
     else:
         step = saved_run.checkpoint_steps(run, config.checkpoint)[-1]
     sums = run.model_dir / "checkpoints" / str(step) / "SHA256SUMS"
-    # A checkpoint that is gone is missed if lines are missing, and only then.
-    checkpoint_digest = (old or {}).get("checkpoint_sha256")
+    model_dir = os.fspath(files.absolute(config.model_dir))
+    checkpoint_digest = None
     if sums.exists():
         checkpoint_digest = hashlib.sha256(sums.read_bytes()).hexdigest()
+    elif old is not None and old.get("model_dir") == model_dir:
+        # A checkpoint that is gone is missed if lines are missing, and only then.
+        checkpoint_digest = old.get("checkpoint_sha256")
     settings = {
+        "model_dir": (old or {}).get("model_dir", model_dir),  # a run may be moved
         "checkpoint": (old or {}).get("checkpoint", config.checkpoint),
         "step": step,
         "checkpoint_sha256": checkpoint_digest,
@@ -322,8 +328,13 @@ def _open_source(config: InferConfig, run: SavedRun, predictor: Predictor) -> So
 
 def _check_not_among(config: InferConfig, inputs: Sequence[str]) -> None:
     """Refuses an output that is an input as well, now or when the command is run again."""
-    output, pattern = os.path.abspath(config.output), os.path.abspath(config.input or "")
-    path = pathlib.PurePath(output)
-    matches = len(path.parts) == len(pathlib.PurePath(pattern).parts) and path.match(pattern)
-    if matches or output in map(os.path.abspath, inputs):
-        raise UsageError(f"--output={config.output} is among the files of --input={config.input}")
+    written = [epath.Path(config.output), _output_path(config)]
+    written += [infer_output.state_path(path) for path in written]
+    pattern = os.path.abspath(config.input or "")
+    for path in map(pathlib.PurePath, map(os.path.abspath, written)):
+        matches = len(path.parts) == len(pathlib.PurePath(pattern).parts) and path.match(pattern)
+        if matches or os.fspath(path) in map(os.path.abspath, inputs):
+            raise UsageError(
+                f"--output={config.output}: {path.name} is among the files of "
+                f"--input={config.input}"
+            )

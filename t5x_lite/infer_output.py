@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -97,10 +98,23 @@ def check_settings(
 
 
 def claim(path: epath.PathLike, settings: Mapping[str, Any]) -> None:
-    """Notes the settings beside an output that is to be begun; UsageError if that cannot be."""
-    text = json.dumps(settings, indent=2) + "\n"
+    """Notes the settings beside an output that is to be begun; UsageError if that cannot be.
+
+    On a local disk the first of two processes that begin together gets it.
+    """
+    state, text = state_path(path), json.dumps(settings, indent=2) + "\n"
+    if not files.is_local(state):
+        state.write_text(text)
+        return
+    own = f"{os.fspath(state)}.{uuid.uuid4().hex}.tmp"
     try:
-        files.write_atomically(state_path(path), text.encode())
+        files.write_atomically(own, text.encode())
+        try:
+            os.link(own, state)
+        except FileExistsError as e:
+            raise UsageError(f"--output={os.fspath(path)}: another process is writing it") from e
+        finally:
+            os.unlink(own)
     except OSError as e:
         raise _not_writable(path, e) from e
 

@@ -353,7 +353,8 @@ def _print_gold(task: seqio.Task, found: GoldCheck, split: str) -> None:
 
 
 def _first(dataset: Any, count: int) -> list[Mapping[str, Any]]:
-    return list(dataset.take(count).as_numpy_iterator())
+    with data.bad_records():
+        return list(dataset.take(count).as_numpy_iterator())
 
 
 def _flatten(record: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

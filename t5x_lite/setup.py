@@ -106,6 +106,11 @@ def make_mesh(config: TrainConfig) -> Mesh:
     """
     mesh = partitioning.make_mesh(config.mesh)
     config.check_batch_divides(mesh.shape["data"])
+    if mesh.shape["data"] % jax.process_count():
+        raise UsageError(
+            f"the mesh's axis 'data' has {mesh.shape['data']} parts for {jax.process_count()} "
+            "processes, each of which reads its own rows: give it a multiple of these"
+        )
     return mesh
 
 

@@ -23,12 +23,16 @@ from t5x_lite.errors import UsageError, nearest
 from t5x_lite.metrics import MetricWriter
 from t5x_lite.predict import Predictor
 from t5x_lite.run_config import EVAL_MODES, DataConfig
+from tasks import casts
 
 # What `evaluate.evaluate_loss` gives and a run may be judged by.
 LOSS_METRICS = ("loss", "text_loss", "accuracy")
 
 # Batches between two calls of `on_progress`; a window's rows are sorted by length.
 _WINDOW_BATCHES = 16
+
+# Targets that are measured as if they were predicted, to see which metrics there are.
+_NUM_GOLD = 100
 
 _log = logging.getLogger(__name__)
 
@@ -107,10 +111,16 @@ class EvalTask:
 
     @functools.cached_property
     def metric_names(self) -> list[str]:
-        """The metrics that it gives, found by measuring the targets as if they were predicted."""
-        gold = self._postprocess(self.target_texts, is_target=False)
+        """The metrics that it gives, found by measuring targets as if they were predicted.
+
+        Raises:
+          UsageError: they cannot be computed.
+        """
+        texts = self.target_texts[:_NUM_GOLD]
+        gold = self._postprocess(texts, is_target=False)
         with np.errstate(all="ignore"):
-            return list(self._measure(gold, np.zeros(len(gold), np.float32)))
+            scores = np.zeros(len(gold), np.float32)
+            return list(self._measure(self.targets[:_NUM_GOLD], gold, scores))
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of predicted ids, up to the end mark."""
@@ -155,14 +165,21 @@ class EvalTask:
           UsageError: a metric is no number, or two functions give the same one.
         """
         values = None if predictions is None else self._postprocess(predictions, is_target=False)
-        return self._measure(values, target_scores)
+        return self._measure(self.targets, values, target_scores)
 
-    def _measure(self, predictions: Any, target_scores: Any) -> dict[str, float]:
+    def _measure(self, targets: Any, predictions: Any, target_scores: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}
         calls = [(fn, predictions) for fn in self._predict_fns]
         calls += [(fn, target_scores) for fn in self._score_fns]
         for fn, argument in calls:
-            for name, value in fn(self.targets, argument).items():
+            try:
+                found = fn(targets, argument)
+            except Exception as e:  # the user's own code, or a split that cannot be measured
+                raise UsageError(
+                    f"{self.task.name}: the metric {getattr(fn, '__name__', fn)} cannot be "
+                    f"computed: {type(e).__name__}: {' '.join(str(e).split())}"
+                ) from e
+            for name, value in found.items():
                 if name in metrics:
                     raise UsageError(f"{self.task.name}: two metric functions give {name!r}")
                 number = _number(self.task.name, name, value)
@@ -173,7 +190,7 @@ class EvalTask:
     def _postprocess(self, texts: Sequence[str], *, is_target: bool) -> list[Any]:
         return [
             self.task.postprocess_fn(text, example=example, is_target=is_target)
-            for text, example in zip(texts, self.examples, strict=True)
+            for text, example in zip(texts, self.examples, strict=False)
         ]
 
 
@@ -219,6 +236,14 @@ def open_tasks(
             names = ", ".join(task.name for task in without)
             _log.warning("without classes to rank, generated instead: %s", names)
     opened = [EvalTask(config, task, split, num_examples) for task in parts]
+    for eval_task in opened:
+        _ = eval_task.metric_names  # what cannot be measured is seen before anything is decoded
+        if set(eval_task.target_texts) == {casts.UNLABELLED}:
+            _log.warning(
+                "%s: the split %r has no labels: its metrics mean nothing",
+                eval_task.task.name,
+                split,
+            )
     if mode == "rank":
         for eval_task in opened:
             if eval_task.has_classes:

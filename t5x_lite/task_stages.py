@@ -13,7 +13,7 @@ import numpy as np
 import seqio
 
 from t5x_lite import packing
-from t5x_lite.data import Provider
+from t5x_lite.data import Provider, bad_records
 from t5x_lite.errors import UsageError
 from t5x_lite.run_config import DataConfig
 
@@ -233,6 +233,7 @@ def measure(
     return Measures(features, num_found, num_tokens, seconds, num_rows, packed_seconds)
 
 
+@bad_records()
 def _count(
     dataset: Dataset, provider: Provider, lengths: Lengths
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:

@@ -116,7 +116,12 @@ def _first_state(
         return restored.state, restored
     state = programs.init(jax.random.fold_in(key, 0))
     if config.initial_checkpoint_path is not None:
-        initial = restore_params(config.initial_checkpoint_path, programs.abstract_state.params)
+        try:
+            initial = restore_params(config.initial_checkpoint_path, programs.abstract_state.params)
+        except UsageError as e:
+            raise UsageError(
+                f"INITIAL_CHECKPOINT_PATH = {config.initial_checkpoint_path!r}: {e}"
+            ) from e
         state = state._replace(params=initial.state)
     return state, None
 
@@ -138,13 +143,14 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
     config, programs = run.config, run.programs
     first_profiled, last_profiled = config.profile_steps or (0, 0)
     with Progress(config.train_steps, start) as progress:
-        follower = _Follower(run, progress)
         saved, profiling = start, False
         if start:
             _pin_best(run, start)
             if _is_evaluated_after(config, start) and not run.evaluator.has_evaluated(start):
                 _evaluate(run, progress, start, state, saved)  # killed between the save and this
-        ended = best.is_exhausted(config.model_dir, config)
+        follower = _Follower(run, progress)
+        # Stopped already: that evaluation is to be made up for before the next step.
+        ended = run.stop.is_set() or best.is_exhausted(config.model_dir, config)
         for step in range(start + 1, config.train_steps + 1):
             if ended:
                 break
@@ -207,7 +213,8 @@ def _evaluate(
     lines = run.evaluator.evaluate(step, state.params)
     for line in lines:
         progress.message(line)
-    found = best.find(run.config.model_dir, run.config)
+    # Of those that are there: what was best before BEST_METRIC was set may be gone.
+    found = best.find(run.config.model_dir, run.config, {*run.checkpoints.steps(), step})
     if not lines or found is None or found.step != step:
         return saved
     if saved < step:

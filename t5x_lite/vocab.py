@@ -110,12 +110,13 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         for dataset, fields in self._stages:
-            for example in dataset.take(self._max_examples).as_numpy_iterator():
-                for field in fields:
-                    if example[field].strip():
-                        self.num_texts += 1
-                        self.num_bytes += len(example[field])
-                        yield example[field].decode(errors="replace")
+            with data.bad_records():
+                for example in dataset.take(self._max_examples).as_numpy_iterator():
+                    for field in fields:
+                        if example[field].strip():
+                            self.num_texts += 1
+                            self.num_bytes += len(example[field])
+                            yield example[field].decode(errors="replace")
 
 
 def _with_sentinels(model: bytes, num_sentinels: int) -> bytes:

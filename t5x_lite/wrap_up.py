@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 
 from t5x_lite import baselines, best, data, evaluate, files, report, setup
+from t5x_lite.integrity import scan
 from t5x_lite.metrics import read_metrics
 from t5x_lite.predict import Predictor
 from t5x_lite.run_config import TrainConfig, eval_name
@@ -72,6 +73,7 @@ def finish(
 def _print_outcome(
     model_dir: epath.Path, config: TrainConfig, step: int, measured: dict[str, Any]
 ) -> None:
+    saved_steps = scan(model_dir / "checkpoints").steps
     stopped = "" if step >= config.train_steps else ", stopped early"
     print(f"\nthe run is complete: step {step} of {config.train_steps}{stopped}")
     for path in sorted((model_dir / "inference").glob(f"*-{step}.jsonl")):
@@ -90,7 +92,7 @@ def _print_outcome(
         last = read_metrics(model_dir / "metrics" / f"{series}.jsonl")[-1]
         for metric, value in baseline["metrics"].items():
             print(f"{series} {metric} {last[metric]:.1f}; {baseline['name']} {value:.1f}")
-    kept = best.find(model_dir, config)
+    kept = best.find(model_dir, config, saved_steps)
     if kept is not None:
         print(f"best {config.best_metric} {kept.value:.4g}, at step {kept.step}, which is kept")
     print_places(model_dir)

@@ -356,6 +356,11 @@ BAD = {
         (["--input={tmp}/twice.tsv", "--field=text"], "the header has 'text' twice"),
         (["--input={tmp}/good.txt", "--output={tmp}/good.txt/o.jsonl"], "cannot be written: "),
         (["--input={tmp}/*.txt", "--output={tmp}/o.txt"], "is among the files of --input="),
+        (
+            ["--input={tmp}/*.json", "--field=text", "--output={tmp}/o.txt"],
+            "o.txt.state.json is among the files",
+        ),
+        (["--input={tmp}/good.txt", "--seed=4294967296"], "must be less than 2^32"),
         (["--input={tmp}/good.txt", "--checkpoint=3"], "no step 3 under"),
         (["--input={tmp}/good.txt", "--checkpoint=all"], "--checkpoint=all: give one: latest"),
         (["--input={tmp}/good.txt", "--shard=4/4"], "--shard=4/4: give I/N with I from 0"),
@@ -381,6 +386,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(run_dir, tmp_path, capfd, 
     for name, data_ in BAD.items():
         (tmp_path / name).write_bytes(data_)
     (tmp_path / "good.txt").write_text("a line\n")
+    (tmp_path / "a.json").write_text('{"text": "a line"}\n')
     before = content(tmp_path)
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     output = (

@@ -126,6 +126,26 @@ def test_it_goes_on_with_the_checkpoint_it_began_with(run_dir, whole, tmp_path):
     infer_lines(copy, tmp_path / "out.jsonl", **given)
 
 
+def test_another_runs_output_is_never_taken_for_its_own(run_dir, whole, tmp_path):
+    """Not even by a run that never had the step with which it was begun."""
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    copy = shutil.copytree(whole, tmp_path / "out")
+    step = json.loads((copy / "out.jsonl.state.json").read_text())["step"]
+    shutil.rmtree(other / "checkpoints" / str(step))
+    before = content(copy)
+    with pytest.raises(UsageError, match="other settings: checkpoint_sha256"):
+        infer_lines(other, copy / "out.jsonl", input=str(whole / "in.txt"), **RESUMABLE)
+    assert content(copy) == before
+
+
+def test_of_two_that_begin_together_one_gets_the_output(tmp_path):
+    infer_output.claim(tmp_path / "out.jsonl", {"seed": 1})
+    with pytest.raises(UsageError, match="another process is writing it"):
+        infer_output.claim(tmp_path / "out.jsonl", {"seed": 2})
+    assert infer_output.read_settings(tmp_path / "out.jsonl") == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.state.json"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -159,6 +159,40 @@ def test_an_evaluation_that_is_stopped_is_made_up_for(tmp_path, monkeypatch):
         assert metric_lines(stopped, series) == metric_lines(whole, series)
 
 
+def test_stopped_again_while_it_is_made_up_for(tmp_path, monkeypatch):
+    """No step is taken before the evaluation that is missing."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(whole) == 0
+    evaluate = task_evaluation.evaluate
+
+    def evaluate_and_be_stopped(*args, **kwargs):
+        if (stopped / "inference" / "toy_bytes-2.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(task_evaluation, "evaluate", evaluate_and_be_stopped)
+        assert run(stopped) == 143
+        assert run(stopped) == 143
+    assert steps(stopped) == [4]
+    assert run(stopped) == 0
+    for series in ("train", "validation", "toy_bytes"):
+        assert metric_lines(stopped, series) == metric_lines(whole, series)
+
+
+def test_best_metric_set_later_keeps_what_can_be_kept(tmp_path, scripted, capsys):
+    """The best step of before is gone: the best of those that are there counts."""
+    scripted += [10.0, 80.0, 20.0, 30.0]
+    assert run(tmp_path / "run") == 0
+    assert steps(tmp_path / "run") == [8]
+    scripted += [70.0, 60.0]
+    bindings = {"BEST_METRIC": "toy_bytes/accuracy", "TRAIN_STEPS": 12}
+    assert run(tmp_path / "run", **bindings) == 0
+    assert (best_json(tmp_path / "run")["step"], best_json(tmp_path / "run")["value"]) == (10, 70)
+    assert steps(tmp_path / "run") == [10, 12]
+    assert "best toy_bytes/accuracy 70, at step 10, which is kept" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
@@ -172,6 +206,7 @@ def test_an_evaluation_that_is_stopped_is_made_up_for(tmp_path, monkeypatch):
             },
             "no classes",
         ),
+        ({"INITIAL_CHECKPOINT_PATH": "nowhere"}, "INITIAL_CHECKPOINT_PATH = 'nowhere': no checkp"),
         ({"EVAL_MODE": "ranks"}, "allowed are generate, rank"),
         ({"DecodeConfig.method": "beam", "DecodeConfig.num_beams": 400}, "384"),
     ],
