@@ -20,7 +20,7 @@ from t5x_lite.errors import UsageError, nearest
 Step = Callable[[Any, Array, Array, Array | None], tuple[Array, Any]]
 
 # The score of a place that no beam has taken, as T5X has it.
-_NONE = -1e7
+NO_BEAM = -1e7
 
 METHODS = ("greedy", "sample", "beam")
 BEAM_RULES = ("t5x", "huggingface")
@@ -272,7 +272,7 @@ class _Beams(NamedTuple):
     log_p: Array  # float32 [B, N]
     sources: Array  # int32 [B, N, T], see Step
     finished_ids: Array  # int32 [B, N, T]
-    finished_scores: Array  # float32 [B, N], _NONE where there is none
+    finished_scores: Array  # float32 [B, N], NO_BEAM where there is none
     is_done: Array  # bool [B]
 
 
@@ -300,7 +300,7 @@ def _beam_search(
         ids_BxCxT = jax.lax.dynamic_update_index_in_dim(ids_BxCxT, id_BxC, position, axis=2)
 
         is_end = id_BxC == eos_id
-        log_p_BxN, live = jax.lax.top_k(jnp.where(is_end, _NONE, log_p_BxC), num_beams)
+        log_p_BxN, live = jax.lax.top_k(jnp.where(is_end, NO_BEAM, log_p_BxC), num_beams)
         beam_BxN = _pick(beam_BxC, live)
         sources = _pick(beams.sources, beam_BxN)
         sources = jax.lax.dynamic_update_index_in_dim(sources, beam_BxN, position, axis=2)
@@ -309,13 +309,13 @@ def _beam_search(
             # At the last position all have ended; candidates beyond the beams only go on.
             is_end |= length == max_length
             is_end &= (jnp.arange(2 * num_beams) < num_beams) & ~beams.is_done[:, None]
-        scores_BxC = jnp.where(is_end, log_p_BxC / penalty(length), _NONE)
+        scores_BxC = jnp.where(is_end, log_p_BxC / penalty(length), NO_BEAM)
         scores_BxF = jnp.concatenate([beams.finished_scores, scores_BxC], axis=1)
         finished_scores, best = jax.lax.top_k(scores_BxF, num_beams)
         finished_ids = _pick(jnp.concatenate([beams.finished_ids, ids_BxCxT], axis=1), best)
 
         worst = finished_scores[:, -1]
-        is_done = worst > _NONE
+        is_done = worst > NO_BEAM
         if not huggingface:
             # T5X counts its start id in the longest length.
             is_done &= worst > log_p_BxN[:, 0] / penalty(max_length + 1)
@@ -339,19 +339,19 @@ def _beam_search(
         tokens=jnp.zeros(shape, jnp.int32),
         ids=no_ids,
         # One beam to begin with, or all would go on with the same ids.
-        log_p=jnp.broadcast_to(jnp.where(jnp.arange(num_beams) == 0, 0.0, _NONE), shape),
+        log_p=jnp.broadcast_to(jnp.where(jnp.arange(num_beams) == 0, 0.0, NO_BEAM), shape),
         sources=no_ids,
         finished_ids=no_ids,
-        finished_scores=jnp.full(shape, _NONE),
+        finished_scores=jnp.full(shape, NO_BEAM),
         is_done=~is_real_B,
     )
     end = jax.lax.while_loop(
         lambda beams: (beams.position < max_length) & ~jnp.all(beams.is_done), extend, start
     )
-    any_finished = end.finished_scores[:, :1] > _NONE
+    any_finished = end.finished_scores[:, :1] > NO_BEAM
     ids = jnp.where(any_finished[..., None], end.finished_ids, end.ids)
     scores = jnp.where(any_finished, end.finished_scores, end.log_p)
-    ids = jnp.where(scores[..., None] > _NONE, ids, 0)
+    ids = jnp.where(scores[..., None] > NO_BEAM, ids, 0)
     return Decoded(ids[:, : config.num_outputs], scores[:, : config.num_outputs])
 
 

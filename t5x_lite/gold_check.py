@@ -10,7 +10,7 @@ import seqio
 
 from t5x_lite.errors import UsageError
 from t5x_lite.run_config import DataConfig
-from t5x_lite.task_evaluation import EvalTask
+from t5x_lite.task_evaluation import EvalTask, rank_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def check(config: DataConfig, task: seqio.Task, num_examples: int) -> GoldCheck:
         ) from e
     texts = read.target_texts
     counts = collections.Counter(texts)
-    classes = tuple(getattr(task._postprocess_fn, "classes", None) or ())
+    classes = rank_classes(task) if read.has_classes else ()
     return GoldCheck(
         num_examples=len(texts),
         metrics=metrics,

@@ -17,7 +17,7 @@ from etils import epath
 
 from t5x_lite import files, infer_output, partitioning, saved_run
 from t5x_lite.checkpoints import from_process_0
-from t5x_lite.decoding import DecodeConfig
+from t5x_lite.decoding import NO_BEAM, DecodeConfig
 from t5x_lite.errors import Failure, UsageError
 from t5x_lite.infer_inputs import Example, FileInputs, FileSource, Source
 from t5x_lite.infer_progress import LineProgress
@@ -230,7 +230,7 @@ def _describe(prediction: Prediction, run: SavedRun) -> dict[str, Any]:
     texts = [
         vocabularies.decode_with_sentinels(run.vocabulary, ids.tolist()) for ids in prediction.ids
     ]
-    scores = [_json_float(score) for score in prediction.scores]
+    scores = [None if score == NO_BEAM else _json_float(score) for score in prediction.scores]
     described: dict[str, Any] = {"prediction": texts[0], "score": scores[0]}
     if len(texts) > 1:
         described |= {"predictions": texts, "scores": scores}

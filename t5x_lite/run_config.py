@@ -233,6 +233,11 @@ class TrainConfig:
             raise UsageError(
                 f"BEST_METRIC_MODE = {self.best_metric_mode!r}: allowed are 'max', 'min' and None"
             )
+        if self.early_stopping_patience is not None and self.eval_period == 0:
+            raise UsageError(
+                f"EARLY_STOPPING_PATIENCE = {self.early_stopping_patience}: EVAL_PERIOD = 0 "
+                "evaluates at the end alone; set it to the steps between evaluations"
+            )
         if self.early_stopping_patience is not None and self.best_metric is None:
             raise UsageError(
                 f"EARLY_STOPPING_PATIENCE = {self.early_stopping_patience}: needs a BEST_METRIC to "

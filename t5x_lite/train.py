@@ -116,14 +116,16 @@ def _first_state(
         return restored.state, restored
     state = programs.init(jax.random.fold_in(key, 0))
     if config.initial_checkpoint_path is not None:
-        try:
-            initial = restore_params(config.initial_checkpoint_path, programs.abstract_state.params)
-        except UsageError as e:
-            raise UsageError(
-                f"INITIAL_CHECKPOINT_PATH = {config.initial_checkpoint_path!r}: {e}"
-            ) from e
-        state = state._replace(params=initial.state)
+        state = state._replace(params=_initial_params(config, programs))
     return state, None
+
+
+def _initial_params(config: TrainConfig, programs: setup.Programs) -> Any:
+    path = config.initial_checkpoint_path
+    try:
+        return restore_params(path, programs.abstract_state.params).state
+    except UsageError as e:
+        raise UsageError(f"INITIAL_CHECKPOINT_PATH = {path!r}: {e}") from e
 
 
 class _Run(NamedTuple):
@@ -341,6 +343,9 @@ def dry_run(config: TrainConfig) -> None:
     setup.make_mesh(config)
     programs = setup.make_programs(config, compile_train_step=False)
     data = setup.open_input(config)
+    if config.initial_checkpoint_path is not None:
+        _initial_params(config, programs)
+        run_files.check_initial_vocabulary(config.initial_checkpoint_path, data)
     batch = next(data.train)
     table = partitioning.describe(programs.abstract_state, programs.state_axes)
     print("\n".join(table))

@@ -89,6 +89,10 @@ def test_which_way_is_better(config, name, mode, larger):
         ({"best_metric": "accuracy"}, "give a series and a metric"),
         ({"best_metric": "a/b", "best_metric_mode": "best"}, "BEST_METRIC_MODE = 'best'"),
         ({"early_stopping_patience": 3}, "needs a BEST_METRIC"),
+        (
+            {"best_metric": "a/b", "early_stopping_patience": 3, "eval_period": 0},
+            "EVAL_PERIOD = 0",
+        ),
         ({"best_metric": "a/b", "early_stopping_patience": 0}, "EARLY_STOPPING_PATIENCE = 0"),
     ],
 )

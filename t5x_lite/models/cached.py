@@ -85,13 +85,7 @@ def start(
                 _heads(attention, attention.value(encoded_BxSxD)),
             )
         )
-    # Bias by key position minus query position, of which a window serves each query.
-    distances = np.arange(-max_length + 1, max_length)
-    if config.relative_bias_per_layer:
-        tables = [t5.merge(skeleton, p).relpos_bias.by_distance(distances) for p in layers]
-    else:
-        bias = t5.merge(parts["decoder"]["relpos_bias"], decoder["relpos_bias"])
-        tables = [bias.by_distance(distances)] * count
+    tables = _bias_tables(config, decoder, layers, max_length)
 
     def step(
         cache: Cache, tokens_BxN: Array, position: Array, sources_BxNxT: Array | None
@@ -119,6 +113,22 @@ def start(
     shape = (batch_size, config.num_heads, max_length * num_rows, config.d_kv)
     empty = tuple(jnp.zeros(shape, config.dtype) for _ in layers)
     return step, Cache(empty, empty)
+
+
+def _bias_tables(
+    config: T5Config, decoder: Params, layers: list[Params], max_length: int
+) -> list[Array]:
+    """For each layer [H, 2 T - 1], the bias by key position minus query position.
+
+    A window of it serves each query.
+    """
+    distances = np.arange(-max_length + 1, max_length)
+    if config.relative_bias_per_layer:
+        modules = [t5.merge((t5.DecoderLayer, config), layer).relpos_bias for layer in layers]
+        return [module.by_distance(distances) for module in modules]
+    part = t5.module_parts(config)["decoder"]["relpos_bias"]
+    shared = t5.merge(part, decoder["relpos_bias"]).by_distance(distances)
+    return [shared] * len(layers)
 
 
 def _heads(attention: Attention, x_BxLxW: Array) -> Array:
