@@ -124,8 +124,6 @@ def check(config: DataConfig, model_vocab_size: int) -> Provider:
                 f"DataConfig.{macro} = {split!r}: {name} has {', '.join(sorted(provider.splits))}"
             )
     members = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
-    if not config.use_cached_tasks:
-        sources.check_prepared(name, members)
     for task in members:
         if config.use_cached_tasks and task.supports_caching and not task.cache_dir:
             raise UsageError(
@@ -139,6 +137,8 @@ def check(config: DataConfig, model_vocab_size: int) -> Provider:
                 f"the vocabulary of {name} has {size} ids, the model T5Config.vocab_size = "
                 f"{model_vocab_size}: raise it to at least {size}"
             )
+    if not config.use_cached_tasks:
+        sources.check_prepared(name, members)
     return provider
 
 

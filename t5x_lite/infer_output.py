@@ -104,7 +104,7 @@ def claim(path: epath.PathLike, settings: Mapping[str, Any]) -> None:
     """
     state, text = state_path(path), json.dumps(settings, indent=2) + "\n"
     if not files.is_local(state):
-        state.write_text(text)
+        files.write_atomically(state, text.encode())
         return
     own = f"{os.fspath(state)}.{uuid.uuid4().hex}.tmp"
     try:

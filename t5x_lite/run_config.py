@@ -205,7 +205,6 @@ class TrainConfig:
             if not (value is None and macro in _OPTIONAL) and not _is_count(value, least):
                 raise UsageError(f"{macro} = {value!r}: must be an integer of at least {least}")
         self._check_best_metric()
-        self.evaluation.decode.check(self.model.vocab_size)
         if self.mesh is not None and not (
             isinstance(self.mesh, Mapping) and all(_is_count(n) for n in self.mesh.values())
         ):

@@ -120,6 +120,7 @@ def make_programs(config: TrainConfig, *, compile_train_step: bool = True) -> Pr
     Raises:
       UsageError: a parameter or the batch does not divide over the mesh.
     """
+    config.evaluation.decode.check(config.model.vocab_size)
     mesh = make_mesh(config)
     num_data_shards = mesh.shape["data"]
     axes = t5.logical_axes(config.model)

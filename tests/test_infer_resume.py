@@ -121,9 +121,11 @@ def test_it_goes_on_with_the_checkpoint_it_began_with(run_dir, whole, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == complete
     with pytest.raises(UsageError, match="begun with other settings: step 4 -> 6"):
         infer_lines(copy, tmp_path / "out.jsonl", checkpoint="6", **given)
-    # Complete, it does not need the checkpoint any more.
+    # Complete, a run's own output does not need the checkpoint any more.
+    infer_lines(copy, tmp_path / "own.jsonl", checkpoint="4", **given)
+    assert (tmp_path / "own.jsonl").read_bytes() == complete
     shutil.rmtree(copy / "checkpoints" / "4")
-    infer_lines(copy, tmp_path / "out.jsonl", **given)
+    infer_lines(copy, tmp_path / "own.jsonl", checkpoint="4", **given)
 
 
 def test_another_runs_output_is_never_taken_for_its_own(run_dir, whole, tmp_path):
