@@ -26,7 +26,9 @@ class T5Config:
       num_encoder_layers: layers of the encoder.
       num_decoder_layers: layers of the decoder.
       mlp_activations: one activation, or two for a gated layer: ("gelu", "linear").
-      tie_embeddings: use the embedding as output matrix, with hidden states scaled by d_model^-0.5.
+      tie_embeddings: use the embedding as output matrix.
+      scale_decoder_output: multiply the decoder's output by d_model^-0.5 before the output matrix;
+        None: with tied embeddings alone, as T5 does.
       dropout_rate: share of units dropped in training.
       dtype: dtype of the computation. Parameters, norms and softmax are always float32.
       relative_attention_num_buckets: buckets of the relative position bias.
@@ -49,6 +51,7 @@ class T5Config:
     num_decoder_layers: int = 8
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     tie_embeddings: bool = False
+    scale_decoder_output: bool | None = None
     dropout_rate: float = 0.0
     dtype: str = "float32"
     relative_attention_num_buckets: int = 32
@@ -89,6 +92,13 @@ class T5Config:
                 f"{distance!r}: buckets must be a multiple of 4, and the distance more than half "
                 "of them"
             )
+
+    @property
+    def scales_decoder_output(self) -> bool:
+        """Whether logits are those of a decoder's output scaled by d_model^-0.5."""
+        if self.scale_decoder_output is None:
+            return self.tie_embeddings
+        return self.scale_decoder_output
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `from_dict`."""

@@ -347,11 +347,13 @@ def decode(
 def output_kernel(config: T5Config, params: Params) -> Array:
     """The matrix from hidden states to logits, float32 [d_model, vocab_size].
 
-    A tied one is the embedding scaled by d_model^-0.5, since T5 scales the decoder's output so.
+    A decoder's output that is to be scaled by d_model^-0.5 is so here: the product is the same.
     """
     if config.tie_embeddings:
-        return params["token_embedder"]["embedding"].T * config.d_model**-0.5
-    return params["decoder"]["logits_dense"]["kernel"]
+        kernel = params["token_embedder"]["embedding"].T
+    else:
+        kernel = params["decoder"]["logits_dense"]["kernel"]
+    return kernel * config.d_model**-0.5 if config.scales_decoder_output else kernel
 
 
 def hidden_states(

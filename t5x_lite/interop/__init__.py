@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: what theirs hold, under our names, and the way back."""
