@@ -214,7 +214,7 @@ class Checkpoints:
           CheckpointError: if it is damaged.
         """
         self.wait()
-        from_process_0(lambda: _require_intact(self._path(step)))
+        from_process_0(lambda: require_intact(self._path(step)))
         return _load(self._path(step), step, abstract_state, ())
 
     def _path(self, step: int) -> epath.Path:
@@ -309,7 +309,7 @@ def restore_params(path: epath.PathLike, abstract_params: PyTree) -> Restored:
     path = absolute(path)
     skipped: list[str] = []
     if STEP_NAME.fullmatch(path.name) and not (path / "checkpoints").exists():
-        from_process_0(lambda: _require_intact(path, "params/"))
+        from_process_0(lambda: require_intact(path, "params/"))
         step, step_dir = int(path.name.partition(".")[0]), path
     else:
         directory = path / "checkpoints" if (path / "checkpoints").exists() else path
@@ -331,6 +331,11 @@ def _checkpointables(state: PyTree) -> dict[str, PyTree]:
 
 def _load(step_dir: epath.Path, step: int, abstract: PyTree, skipped: tuple[str, ...]) -> Restored:
     """Reads a step whose digests were checked."""
+    if not (step_dir / "optimizer").exists():
+        raise UsageError(
+            f"checkpoint {step_dir} has no optimizer to go on with: give it as "
+            "INITIAL_CHECKPOINT_PATH to a run with a MODEL_DIR of its own"
+        )
     input_state = _read_input_position(step_dir)
     wanted = _checkpointables(abstract)
     _check_fits(step_dir, wanted, casts=False)
@@ -448,8 +453,8 @@ def _newest_intact(directory: epath.Path, part: str = "") -> tuple[int | None, l
     return newest, skipped
 
 
-def _require_intact(step_dir: epath.Path, part: str = "") -> None:
-    """Raises UsageError if the step is not there, CheckpointError if it is damaged."""
+def require_intact(step_dir: epath.Path, part: str = "") -> None:
+    """Raises UsageError if the step is not there, CheckpointError if it, or `part`, is damaged."""
     if not step_dir.is_dir():
         steps = ", ".join(map(str, scan(step_dir.parent).steps)) or "none"
         raise UsageError(f"no checkpoint {step_dir}; steps that are there: {steps}")

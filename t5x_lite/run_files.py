@@ -6,17 +6,21 @@
 import json
 import os
 import pathlib
+from typing import Any
 
 from etils import epath
 
 from t5x_lite import files, setup
 from t5x_lite.errors import UsageError
+from t5x_lite.interop.vocabularies import same_vocabulary
 from t5x_lite.models import t5
 from t5x_lite.run_config import TrainConfig
 
 # A copy of the SentencePiece model: the run can be read without the original.
 VOCABULARY_FILE = "vocabulary.model"
 MODEL_FILE = "model.json"
+# The architecture of a converted checkpoint as a gin file.
+MODEL_GIN = "model.gin"
 
 
 def check_writable(model_dir: str) -> None:
@@ -43,13 +47,13 @@ def check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
     from t5x_lite.data import text_files_shards, vocabulary_content
 
     path = model_dir / VOCABULARY_FILE
-    if path.exists() and path.read_bytes() != vocabulary_content(data.provider):
+    content = vocabulary_content(data.provider)
+    if path.exists() and not same_vocabulary(path.read_bytes(), content):
         raise UsageError(
             f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
             f"which is kept in {path}: its ids mean something else"
         )
-    path = model_dir / MODEL_FILE
-    saved = json.loads(path.read_text()).get("text_files_shards") if path.exists() else None
+    saved = _read_description(model_dir).get("text_files_shards")
     if saved is not None and saved != text_files_shards(data.provider):
         raise UsageError(
             f"the files of TEXT_FILES_PATTERN are no longer those that {str(model_dir)!r} began "
@@ -66,19 +70,44 @@ def check_initial_vocabulary(path: str, data: setup.Input) -> None:
     """
     from t5x_lite.data import vocabulary_content
 
-    start = epath.Path(path)
-    for folder in (start, start.parent, start.parent.parent):
-        if not (folder / MODEL_FILE).exists():
-            continue
+    folder = run_of(path)
+    if folder is not None:
         saved = folder / VOCABULARY_FILE
         content = saved.read_bytes() if saved.exists() else None
-        if content != vocabulary_content(data.provider):
+        if not same_vocabulary(content, vocabulary_content(data.provider)):
             raise UsageError(
                 f"INITIAL_CHECKPOINT_PATH = {path!r} was trained with another vocabulary than that "
                 f"of {data.provider.name}: its ids mean something else; give VOCABULARY_FILE = "
                 f"{str(saved) if content else 'bytes'!r}, or another task"
             )
-        return
+
+
+def run_of(path: str) -> epath.Path | None:
+    """The MODEL_DIR of a checkpoint that is named by it, its checkpoints or one of them."""
+    start = epath.Path(path)
+    folders = (start, start.parent, start.parent.parent)
+    return next((folder for folder in folders if (folder / MODEL_FILE).exists()), None)
+
+
+def converted_step(model_dir: epath.Path) -> int | None:
+    """The step of the checkpoint that `convert` put into MODEL_DIR; None if it did not."""
+    return (_read_description(model_dir).get("converted_from") or {}).get("step")
+
+
+def _read_description(folder: epath.Path | None) -> dict[str, Any]:
+    """What `model.json` says; empty if there is none."""
+    if folder is None or not (folder / MODEL_FILE).exists():
+        return {}
+    return json.loads((folder / MODEL_FILE).read_text())
+
+
+def _origin(model_dir: epath.Path, initial: str | None) -> dict[str, Any] | None:
+    """The foreign checkpoint that the run goes back to, by its beginning in MODEL_DIR or by
+    INITIAL_CHECKPOINT_PATH."""
+    for folder in (model_dir, run_of(initial) if initial else None):
+        if origin := _read_description(folder).get("converted_from"):
+            return origin
+    return None
 
 
 def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input) -> None:
@@ -92,6 +121,7 @@ def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: se
         "feature_lengths": dict(config.data.task_feature_lengths),
         "vocabulary": vocabulary_description(data.provider),
         "text_files_shards": text_files_shards(data.provider),
+        "converted_from": _origin(model_dir, config.initial_checkpoint_path),
     }
     content = vocabulary_content(data.provider)
     try:

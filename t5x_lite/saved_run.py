@@ -35,16 +35,19 @@ class SavedRun(NamedTuple):
     Attributes:
       model_dir: what the run had as MODEL_DIR.
       model: the architecture.
-      task: the task or mixture that it was trained on.
+      task: the task or mixture that it was trained on; None for a converted checkpoint.
       feature_lengths: tokens of each feature, {"inputs": 512, "targets": 114}.
       vocabulary: of inputs and targets; its sentinels are pieces of the model file itself.
+      converted_from: the checkpoint of another program that it, or what it was initialised from,
+        was made of, as `convert` wrote it; empty if there is none.
     """
 
     model_dir: epath.Path
     model: T5Config
-    task: str
+    task: str | None
     feature_lengths: dict[str, int]
     vocabulary: seqio.Vocabulary
+    converted_from: dict[str, Any]
 
 
 def read(model_dir: epath.PathLike) -> SavedRun:
@@ -66,13 +69,15 @@ def read(model_dir: epath.PathLike) -> SavedRun:
         task, lengths = description["task"], dict(description["feature_lengths"])
         vocabulary = dict(description["vocabulary"])
         family = architecture.pop("family")
+        origin = dict(description.get("converted_from") or {})
     except (ValueError, TypeError, KeyError) as e:
         what = f"{e} is missing" if isinstance(e, KeyError) else str(e)
         raise UsageError(f"{path} is not what a run has written: {what}") from e
     if family != "t5":
         raise UsageError(f"{path}: architecture {family!r}; known: 't5'")
     model = T5Config.from_dict(architecture)
-    return SavedRun(model_dir, model, task, lengths, _read_vocabulary(model_dir, vocabulary))
+    words = _read_vocabulary(model_dir, vocabulary)
+    return SavedRun(model_dir, model, task, lengths, words, origin)
 
 
 def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqio.Vocabulary:
@@ -81,6 +86,12 @@ def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqi
     if not isinstance(size, int):
         raise UsageError(f"{model_dir / MODEL_FILE}: vocabulary has no size")
     if kind == "ByteVocabulary":
+        # 259, or 359 of runs from before sentinels were bytes.
+        if size < _BYTES_WITHOUT_SENTINELS:
+            raise UsageError(
+                f"{model_dir / MODEL_FILE}: a vocabulary of bytes has at least "
+                f"{_BYTES_WITHOUT_SENTINELS} ids, not {size}"
+            )
         return seqio.ByteVocabulary(extra_ids=size - _BYTES_WITHOUT_SENTINELS)
     path = model_dir / VOCABULARY_FILE
     if kind != "SentencePieceVocabulary":

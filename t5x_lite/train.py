@@ -76,10 +76,11 @@ def train(config: TrainConfig, config_text: str) -> None:
         start = 0
         if restored is not None:
             start = restored.step
-            if restored.input_state is None:
-                raise UsageError(f"the checkpoint of step {start} has no input position")
             run_files.check_same_text(model_dir, data)
-            data.train.restore(restored.input_state)
+            if restored.input_state is not None:
+                data.train.restore(restored.input_state)
+            elif start != run_files.converted_step(model_dir):  # else: the data from its beginning
+                raise UsageError(f"the checkpoint of step {start} has no input position")
             if wrap_up.is_finished(model_dir, config, start):
                 print(f"the run is complete: step {start} of {config.train_steps}")
                 wrap_up.print_places(model_dir)

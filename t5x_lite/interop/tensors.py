@@ -23,7 +23,7 @@ class Tensor:
 
     shape: tuple[int, ...]
     read: Callable[[int, int], np.ndarray]
-    dtype: np.dtype = np.dtype(np.float32)
+    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
 
     @property
     def num_bytes(self) -> int:
@@ -54,7 +54,7 @@ class Source:
       params: every parameter by its path in our tree, "encoder/layers/mlp/wo/kernel".
       step: training steps made; 0 if the program does not say.
       optimizer: None if there is none, or none that maps.
-      origin: what `model.json` keeps as "converted_from": {"format", "path", "dtype", ...}; JSON values.
+      origin: what `model.json` keeps as "converted_from": JSON values under "format", "path", ...
     """
 
     model: T5Config

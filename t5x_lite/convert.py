@@ -1,0 +1,247 @@
+"""The `convert` verb: other programs' checkpoints into a MODEL_DIR, and a MODEL_DIR out.
+
+Nothing of a MODEL_DIR is seen before all of it is there: it is made beside its place, or in a
+temporary directory where its place is an object store, and then moved.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from t5x_lite import checkpoints, files, run_files, saved_run
+from t5x_lite.errors import Failure, UsageError
+from t5x_lite.interop import hf_read, hf_write, model_card, step_io, t5x_read, vocabularies
+from t5x_lite.interop.tensors import Source, Tensor
+from t5x_lite.models import t5
+from t5x_lite.models.config import T5Config
+from t5x_lite.optimizers import OptimizerConfig
+
+# T5's in pre-training. Other lengths are given where the model is used: `infer --input_length`.
+FEATURE_LENGTHS = {"inputs": 512, "targets": 114}
+
+# Fields of T5Config that a run sets, as its gin files do.
+_THE_RUNS_OWN = ("dropout_rate", "dtype", "scan_layers", "remat_policy")
+
+_READERS = {"hf": hf_read.open_hf, "t5x": t5x_read.open_t5x}
+
+
+def import_checkpoint(
+    format: str, path: str, model_dir: str, *, vocabulary: str | None = None
+) -> None:
+    """Makes a MODEL_DIR of another program's checkpoint, for `train`, `eval` and `infer`.
+
+    Args:
+      format: "hf" or "t5x".
+      path: the checkpoint's directory.
+      model_dir: must not exist, or be an empty directory.
+      vocabulary: a SentencePiece model, or "bytes"; None is the one that lies in `path`.
+
+    Raises:
+      UsageError: the checkpoint is not what it should be, there is no vocabulary, or it does not
+        fit the model. Nothing is left in `model_dir`.
+      Failure: it cannot be written.
+    """
+    _check_free(model_dir)
+    source = _READERS[format](path)
+    words = vocabularies.check_size(_vocabulary(path, vocabulary), source.model.vocab_size)
+    _check_tree(source)
+    with _appearing(model_dir) as staging:
+        files.write_atomically(staging / run_files.MODEL_GIN, _model_gin(source, model_dir))
+        if words.model is not None:
+            files.write_atomically(staging / run_files.VOCABULARY_FILE, words.model)
+        step_io.write_step(staging / "checkpoints" / str(source.step), _checkpointables(source))
+        num_parameters = t5.num_parameters(source.model)
+        description = {
+            "architecture": {"family": "t5", **source.model.to_dict()},
+            "num_parameters": num_parameters,
+            "task": None,
+            "feature_lengths": FEATURE_LENGTHS,
+            "vocabulary": words.description,
+            "converted_from": {"step": source.step, **source.origin},
+        }
+        text = json.dumps(description, indent=2) + "\n"
+        files.write_atomically(staging / run_files.MODEL_FILE, text.encode())
+    file = "bytes" if words.model is None else f"{model_dir}/{run_files.VOCABULARY_FILE}"
+    _print_imported(source, num_parameters, model_dir, file)
+
+
+def export_checkpoint(
+    model_dir: str,
+    directory: str,
+    *,
+    checkpoint: str = "latest",
+    max_shard_bytes: int,
+    dtype: str | None = None,
+) -> None:
+    """Writes a checkpoint of a run as `T5ForConditionalGeneration.from_pretrained` reads it.
+
+    Args:
+      model_dir: a run's MODEL_DIR, or that of a conversion.
+      directory: must not exist, or be empty.
+      checkpoint: "latest", "best" or a step.
+      max_shard_bytes: of each file of weights.
+      dtype: "float32", "bfloat16" or "float16"; None is the one that the model was converted from
+        if it was not trained since, else float32.
+
+    Raises:
+      UsageError: there is no such run or checkpoint.
+      CheckpointError: the checkpoint is damaged.
+      Failure: it cannot be written. Nothing is left in `directory`.
+    """
+    _check_free(directory)
+    run = saved_run.read(model_dir)
+    (step,) = saved_run.checkpoint_steps(run, checkpoint)
+    step_dir = run.model_dir / "checkpoints" / str(step)
+    checkpoints.require_intact(step_dir, "params/")
+    shapes = jax.eval_shape(lambda key: t5.init(run.model, key), jax.random.key(0))
+    if dtype is None:
+        trained = (run.model_dir / "config.gin").exists()
+        dtype = "float32" if trained else run.converted_from.get("dtype", "float32")
+    model_class = _model_class(run.model, run.converted_from)
+    path = run.model_dir / run_files.VOCABULARY_FILE
+    words = path.read_bytes() if path.exists() else None
+    hf_write.write_hf(
+        directory,
+        run.model,
+        step_io.read_params(step_dir, shapes),
+        model_class=model_class,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_files=vocabularies.tokenizer_files(words, run.model.vocab_size),
+        card=model_card.read_card(run.model_dir, step),
+    )
+    print(f"step {step} of {model_dir} is in {directory}: {model_class}, {dtype}")
+
+
+def _check_free(directory: str) -> None:
+    path = epath.Path(directory)
+    if path.exists() and not (path.is_dir() and next(iter(path.iterdir()), None) is None):
+        raise UsageError(f"--to: {directory!r} is there already; give a directory that is not")
+    run_files.check_writable(directory)
+
+
+def _model_class(model: T5Config, origin: Mapping[str, Any]) -> str:
+    """Which of transformers' classes the model is."""
+    if model.relative_bias_per_layer:
+        return "umt5"
+    return "mt5" if origin.get("model_type") == "mt5" else "t5"
+
+
+def _vocabulary(path: str, given: str | None) -> vocabularies.ForeignVocabulary:
+    if given is not None:
+        return vocabularies.read_vocabulary(given)
+    found = vocabularies.read_tokenizer(path)
+    if found is None:
+        raise UsageError(
+            f"{path!r} has no tokenizer (spiece.model or tokenizer.json): give "
+            "--vocabulary=FILE, a SentencePiece model, or --vocabulary=bytes"
+        )
+    return found
+
+
+def _check_tree(source: Source) -> None:
+    """Raises UsageError unless the tensors are those of the architecture."""
+    shapes = jax.eval_shape(lambda key: t5.init(source.model, key), jax.random.key(0))
+    wanted = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    for path in sorted(wanted.keys() | source.params.keys()):
+        expected = wanted.get(path, "nothing")
+        found = source.params[path].shape if path in source.params else "nothing"
+        if found != expected:
+            raise UsageError(
+                f"{source.origin['path']}: {path} is {found}, where its configuration has "
+                f"{expected}"
+            )
+
+
+def _checkpointables(source: Source) -> dict[str, Mapping[str, Tensor]]:
+    parts: dict[str, Mapping[str, Tensor]] = {"params": source.params}
+    if source.optimizer is not None:
+        leaves = jax.tree_util.tree_leaves_with_path({"opt_state": source.optimizer.state})
+        parts["optimizer"] = {
+            "step": Tensor(
+                (), lambda start, stop: np.array(source.step, np.int32), np.dtype(np.int32)
+            ),
+            **{jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves},
+        }
+    return parts
+
+
+def _model_gin(source: Source, model_dir: str) -> bytes:
+    """The architecture, and what continues its optimizer, as a gin file for `train`."""
+    lines = [f"# The model that {source.origin['path']} was converted to {model_dir} with.", ""]
+    for field in dataclasses.fields(source.model):
+        if field.name not in _THE_RUNS_OWN:
+            lines.append(f"T5Config.{field.name} = {getattr(source.model, field.name)!r}")
+    if source.optimizer is not None:
+        config, default = source.optimizer.config, OptimizerConfig()
+        for field in dataclasses.fields(config):
+            if (value := getattr(config, field.name)) != getattr(default, field.name):
+                lines.append(f"OptimizerConfig.{field.name} = {value!r}")
+    return "\n".join([*lines, ""]).encode()
+
+
+@contextlib.contextmanager
+def _appearing(directory: str) -> Iterator[epath.Path]:
+    """A directory to fill, which has its name when all is done and is gone if anything fails."""
+    target = epath.Path(directory)
+    local = files.is_local(directory)
+    if local:
+        staging = target.with_name(f".{target.name}.incomplete-{uuid.uuid4().hex[:8]}")
+    else:
+        staging = epath.Path(tempfile.mkdtemp())
+    staging = files.absolute(staging)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        yield staging
+        if not local:
+            _upload(staging, target)
+        else:
+            if target.exists():
+                os.rmdir(target)
+            os.rename(staging, target)
+    except OSError as e:
+        raise Failure(f"{directory!r} cannot be written: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _upload(staging: epath.Path, target: epath.Path) -> None:
+    """Copies to an object store; `model.json`, without which it is no run, last."""
+    names = [path.relative_to(staging) for path in staging.rglob("*") if not path.is_dir()]
+    try:
+        for name in sorted(names, key=lambda name: str(name) == run_files.MODEL_FILE):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).copy(target / name)
+    except BaseException:
+        if target.exists():
+            target.rmtree()
+        raise
+
+
+def _print_imported(
+    source: Source, num_parameters: int, model_dir: str, vocabulary_file: str
+) -> None:
+    print(f"{num_parameters:,} parameters of {source.origin['path']} are in {model_dir}")
+    if source.optimizer is not None:
+        print(f"with its optimizer: train with MODEL_DIR = {model_dir!r} goes on at {source.step}")
+    elif "optimizer" in source.origin:
+        print(f"without its optimizer: {source.origin['optimizer']}")
+    print(
+        "to fine-tune it: python -m t5x_lite train "
+        f"--gin_file={model_dir}/{run_files.MODEL_GIN} --gin_file=gin_configs/runs/finetune.gin "
+        f"--gin.INITIAL_CHECKPOINT_PATH=\"'{model_dir}'\" "
+        f"--gin.VOCABULARY_FILE=\"'{vocabulary_file}'\" ..."
+    )

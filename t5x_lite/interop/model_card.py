@@ -1,0 +1,275 @@
+"""The model card of an exported run: what was trained on what, as far as MODEL_DIR tells."""
+
+import ast
+import dataclasses
+import importlib.resources
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jinja2
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.interop.hf import MODEL_CLASSES
+from t5x_lite.metrics import read_metrics
+from t5x_lite.models.config import T5Config
+
+# Settings of config.gin that say what was trained on what; those that are None are left out.
+_DATA = {
+    "DataConfig.split": "split",
+    "DataConfig.tfds_versions": "TFDS versions",
+    "DataConfig.text_files_pattern": "text files",
+    "DataConfig.use_cached_tasks": "from seqio's cache",
+}
+_TRAINING = {
+    "TrainConfig.train_steps": "steps planned",
+    "DataConfig.batch_size": "batch size",
+    "DataConfig.pack": "packed",
+    "OptimizerConfig.name": "optimizer",
+    "OptimizerConfig.learning_rate": "learning rate",
+    "OptimizerConfig.schedule": "schedule",
+    "OptimizerConfig.warmup_steps": "warm-up steps",
+    "T5Config.dropout_rate": "dropout",
+    "LossConfig.z_loss": "z-loss",
+    "LossConfig.label_smoothing": "label smoothing",
+    "T5Config.dtype": "dtype of the computation",
+    "TrainConfig.random_seed": "seed",
+}
+_INITIAL = "TrainConfig.initial_checkpoint_path"
+_NOT_QUALITY = re.compile(r"step|unix_time|seconds.*|num_.*|z_loss|.*_norm|learning_rate|.*_per_.*")
+_MAX_ANCESTORS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One figure of an evaluation."""
+
+    evaluation: str
+    name: str
+    value: float
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What is known of how a model came to be.
+
+    Attributes:
+      name: what the model is called.
+      step: training steps made.
+      num_parameters: exact.
+      task: the task or mixture that it was trained on; None if it was converted, not trained.
+      feature_lengths: tokens of each feature.
+      vocabulary: as in model.json: {"class", "size", ...}.
+      data: label and value of what was read.
+      training: label and value of how it was trained.
+      lineage: a sentence on each model that it was started from, the nearest first.
+      converted_from: as in model.json: {"format", "path", ...}; None if it was not converted.
+      best: the best.json of the run; None if it has none.
+      metrics: of the newest evaluations up to `step`.
+      config: the text of config.gin; empty if there is none.
+    """
+
+    name: str
+    step: int
+    num_parameters: int
+    task: str | None = None
+    feature_lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    vocabulary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lineage: tuple[str, ...] = ()
+    converted_from: Mapping[str, Any] | None = None
+    best: Mapping[str, Any] | None = None
+    metrics: tuple[Metric, ...] = ()
+    config: str = ""
+
+
+def read_card(model_dir: epath.PathLike, step: int) -> ModelCard:
+    """Reads model.json, config.gin, best.json and the metrics of a run or of a conversion.
+
+    Args:
+      model_dir: MODEL_DIR.
+      step: the checkpoint that is exported.
+
+    Raises:
+      UsageError: a file is not what a run has written.
+    """
+    model_dir = epath.Path(model_dir)
+    model = _read_json(model_dir / "model.json")
+    config = _read_text(model_dir / "config.gin")
+    settings = parse_config(config)
+    return ModelCard(
+        name=model_dir.resolve().name if "://" not in os.fspath(model_dir) else model_dir.name,
+        step=step,
+        num_parameters=model.get("num_parameters", 0),
+        task=model.get("task"),
+        feature_lengths=model.get("feature_lengths", {}),
+        vocabulary=model.get("vocabulary", {}),
+        data=_select(settings, _DATA),
+        training=_select(settings, _TRAINING),
+        lineage=_read_lineage(settings.get(_INITIAL)),
+        converted_from=model.get("converted_from"),
+        best=_read_json(model_dir / "best.json") or None,
+        metrics=_read_last_metrics(model_dir / "metrics", step),
+        config=config,
+    )
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The bindings of an operative configuration, macros resolved.
+
+    Only what a run itself writes is understood, not gin's language: values are Python literals
+    or names of macros; anything else stays text.
+    """
+    raw: dict[str, str] = {}
+    name = None
+    for line in text.splitlines():
+        if match := re.fullmatch(r"([A-Za-z_][\w./]*)\s*=\s*(.*)", line):
+            name, raw[match[1]] = match[1], match[2].removesuffix("\\")
+        elif not line.strip() or line.startswith("#"):
+            name = None
+        elif name:
+            raw[name] += "\n" + line.removesuffix("\\")
+
+    def value(text: str, depth: int = 0) -> Any:
+        text = text.strip()
+        macro = text.removeprefix("%")
+        if macro != text and macro in raw and depth < len(raw):
+            return value(raw[macro], depth + 1)
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    return {name: value(text) for name, text in raw.items()}
+
+
+def render(
+    card: ModelCard,
+    *,
+    config: T5Config,
+    model_class: str,
+    dtype: str,
+    has_tokenizer: bool,
+    output_scale: float,
+) -> str:
+    """README.md, in Markdown with the YAML head that the Hugging Face hub reads.
+
+    Args:
+      card: the run.
+      config: the architecture.
+      model_class: "t5", "mt5" or "umt5".
+      dtype: of the tensors.
+      has_tokenizer: whether tokenizer files are beside it.
+      output_scale: what the output matrix was multiplied by.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "cell": lambda value: _code(value).replace("|", r"\|"),
+        "code": _code,
+        "number": _format_number,
+        "origin": _describe_origin,
+    }
+    environment.filters |= filters
+    deeper = config.num_decoder_layers > config.num_encoder_layers
+    source = importlib.resources.files("t5x_lite.interop").joinpath("model_card.md.j2")
+    return environment.from_string(source.read_text("utf-8")).render(
+        card=card,
+        settings={**card.data, **card.training},
+        config=config,
+        model_class=model_class,
+        class_name=MODEL_CLASSES[model_class],
+        dtype=dtype,
+        has_tokenizer=has_tokenizer,
+        output_scale=output_scale,
+        # Its cache has as many layers as the encoder (seen in 4.57 and 5.23).
+        generate_options=", use_cache=False" if deeper else "",
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", card.config)), default=0)),
+    )
+
+
+def _select(settings: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    found = {label: settings.get(name) for name, label in labels.items()}
+    return {label: value for label, value in found.items() if value is not None}
+
+
+def _read_text(path: epath.Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        content = json.loads(text) if text else {}
+    except ValueError as e:
+        raise UsageError(f"{os.fspath(path)} is not JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{os.fspath(path)} holds no JSON object but a {type(content).__name__}")
+    return content
+
+
+def _read_last_metrics(directory: epath.Path, step: int) -> tuple[Metric, ...]:
+    """Of each series the last line up to `step`, without what is no measure of quality."""
+    metrics = []
+    for path in sorted(directory.glob("*.jsonl")) if directory.exists() else ():
+        records = [record for record in read_metrics(path) if record["step"] <= step]
+        for name, value in (records[-1] if records else {}).items():
+            if not _NOT_QUALITY.fullmatch(name):
+                series = path.name.removesuffix(".jsonl")
+                metrics.append(Metric(series, name, value, int(records[-1]["step"])))
+    return tuple(metrics)
+
+
+def _read_lineage(initial: str | None) -> tuple[str, ...]:
+    """A sentence on each model that a run was started from, as long as their files are there."""
+    lineage: list[str] = []
+    while initial and len(lineage) < _MAX_ANCESTORS:
+        start = epath.Path(initial)
+        folders = [p for p in (start, start.parent, start.parent.parent) if p.name]
+        found = next((p for p in folders if (p / "model.json").exists()), None)
+        if found is None:
+            lineage.append(f"{_code(initial)}, of which nothing more is known here")
+            break
+        model = _read_json(found / "model.json")
+        settings = parse_config(_read_text(found / "config.gin"))
+        lineage.append(_describe_ancestor(initial, model, settings))
+        initial = settings.get(_INITIAL)
+    return tuple(lineage)
+
+
+def _describe_ancestor(path: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if origin := model.get("converted_from"):
+        return f"{_code(path)}, converted from {_describe_origin(origin)}"
+    sentence = f"{_code(path)}, trained on {_code(model.get('task'))}"
+    if steps := settings.get("TrainConfig.train_steps"):
+        sentence += f" ({_format_number(steps)} steps planned)"
+    return sentence
+
+
+def _describe_origin(origin: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_code(value)}" for key, value in origin.items())
+
+
+def _code(value: Any) -> str:
+    """The value as code in Markdown, whatever characters it has."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(text.split())
+    if "`" in text:
+        return f"`` {text} ``"
+    return f"`{text}`"
+
+
+def _format_number(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"

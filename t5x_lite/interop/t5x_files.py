@@ -1,0 +1,247 @@
+"""The arrays that a T5X checkpoint holds, by T5X's own names, read a slice at a time.
+
+T5X has written two layouts. Legacy: a msgpack file `checkpoint` with the tree, in which small
+arrays are whole and large ones point to zarr directories beside it. Orbax: a directory `state`
+with `_METADATA` (the tree) and the arrays in an OCDBT database or in zarr directories.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.serialization
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from t5x_lite.errors import UsageError
+from t5x_lite.files import absolute, is_local
+
+# Those that T5X trains in; float32 holds every value of both.
+CONVERTED_DTYPES = ("float32", "bfloat16")
+
+_INDEX = "checkpoint"
+_METADATA = "_METADATA"
+_STEP_DIR = re.compile(r"checkpoint_(\d+)")
+_LOOKED_FOR = (
+    "a file 'checkpoint' (legacy), a directory 'state' with '_METADATA' (Orbax), or directories "
+    "checkpoint_<step> that hold one of them"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """One array of a checkpoint, not yet read.
+
+    Attributes:
+      name: T5X's, "target/encoder/layers_0/mlp/wo/kernel".
+      shape: as it is stored.
+      dtype: "float32", "bfloat16", ...
+      chunk_rows: rows of the leading axis that lie in one piece of storage.
+      read: slices, one for each axis, -> that part, in the stored dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+    read: Callable[..., np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCheckpoint:
+    """A T5X checkpoint on disk.
+
+    Attributes:
+      directory: of the step, also if a directory of several was given.
+      layout: "legacy" or "orbax".
+      arrays: by name: "target/..." are parameters, "state/..." the step and the optimizer.
+    """
+
+    directory: epath.Path
+    layout: str
+    arrays: Mapping[str, StoredArray]
+
+
+def open_checkpoint(path: epath.PathLike) -> StoredCheckpoint:
+    """Finds the checkpoint at `path` and lists its arrays; no array is read.
+
+    Args:
+      path: a checkpoint's directory, or one of several `checkpoint_<step>`, of which the newest
+        is taken.
+
+    Raises:
+      UsageError: there is no T5X checkpoint, or it is damaged.
+    """
+    given = absolute(path)
+    directory = _newest_step(given)
+    state_dir = next(
+        (d for d in (directory / "state", directory) if (d / _METADATA).exists()), None
+    )
+    if (directory / _INDEX).is_file():
+        return StoredCheckpoint(directory, "legacy", _open_legacy(directory))
+    if state_dir is not None:
+        return StoredCheckpoint(directory, "orbax", _open_orbax(state_dir))
+    raise UsageError(f"{given}: no T5X checkpoint here; looked for {_LOOKED_FOR}")
+
+
+def _newest_step(directory: epath.Path) -> epath.Path:
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory; give that of a T5X checkpoint")
+    if (directory / _INDEX).exists() or (directory / _METADATA).exists():
+        return directory
+    steps = {
+        int(match[1]): child
+        for child in directory.iterdir()
+        if (match := _STEP_DIR.fullmatch(child.name))
+    }
+    return steps[max(steps)] if steps else directory
+
+
+def _open_legacy(directory: epath.Path) -> dict[str, StoredArray]:
+    path = directory / _INDEX
+    try:
+        index = flax.serialization.msgpack_restore(path.read_bytes())
+    except ValueError as e:
+        raise UsageError(
+            f"{path}: truncated or not the msgpack index of a T5X checkpoint ({_first_line(e)})"
+        ) from e
+    tree = index.get("optimizer") if isinstance(index, dict) else None
+    if not isinstance(tree, dict) or not isinstance(tree.get("target"), dict):
+        raise UsageError(
+            f"{path}: not the index of a T5X checkpoint: it has no 'optimizer' with a 'target'"
+        )
+    arrays, elsewhere = {}, {}
+    for names, leaf in _leaves(tree):
+        name = "/".join(names)
+        if isinstance(leaf, dict):  # a TensorStore spec; where the directory was then is no matter
+            place = directory / ".".join(names)
+            if not (place / ".zarray").exists():
+                raise UsageError(f"{path} names {place.name}, but {place} is not a zarr directory")
+            elsewhere[name] = _spec("zarr", place)
+        elif leaf is not None:
+            arrays[name] = _in_memory(name, np.asarray(leaf))
+    arrays |= _open_all(elsewhere, directory)
+    for name in elsewhere:
+        if name.startswith("target/"):
+            _check_chunks(arrays[name], directory / name.replace("/", "."))
+    return arrays
+
+
+def _open_orbax(state_dir: epath.Path) -> dict[str, StoredArray]:
+    path = state_dir / _METADATA
+    try:
+        metadata = json.loads(path.read_text())
+        keys = [ast.literal_eval(key) for key in metadata["tree_metadata"]]
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        # Older releases of Orbax did not say; the manifest does.
+        is_database = metadata.get("use_ocdbt", (state_dir / "manifest.ocdbt").exists())
+    except (ValueError, SyntaxError, KeyError, AttributeError, TypeError) as e:
+        raise UsageError(f"{path}: truncated or not Orbax's metadata ({_first_line(e)})") from e
+    if not any(key[0] == "target" for key in keys):
+        raise UsageError(f"{path}: not the state of a T5X checkpoint: it has no 'target'")
+    specs = {}
+    for key in keys:
+        place = ".".join(key)
+        if is_database:
+            base = _kvstore(state_dir)
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{place}/"}
+            specs["/".join(key)] = {"driver": driver, "kvstore": kvstore}
+        else:
+            specs["/".join(key)] = _spec(driver, state_dir / place)
+    entries = metadata["tree_metadata"].values()
+    empty = [isinstance(e, dict) and _is_empty(e) for e in entries]
+    named = {name: spec for (name, spec), no in zip(specs.items(), empty, strict=True) if not no}
+    return _open_all(named, state_dir)
+
+
+def _is_empty(entry: Mapping[str, Any]) -> bool:
+    """Whether a place in Orbax's tree holds nothing, as that of a stateless optimizer does."""
+    value = entry.get("value_metadata", {})
+    return value.get("value_type") in ("None", "Dict", "List", "NamedTuple", "Tuple")
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Arrays and TensorStore specs of a msgpack tree."""
+    if not isinstance(tree, dict) or "driver" in tree:
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, (*path, key))
+
+
+def _in_memory(name: str, array: np.ndarray) -> StoredArray:
+    rows = array.shape[0] if array.shape else 1
+    return StoredArray(name, array.shape, str(array.dtype), rows, lambda *where: array[where])
+
+
+def _kvstore(directory: epath.Path) -> Any:
+    if is_local(directory):
+        return {"driver": "file", "path": f"{os.fspath(directory)}/"}
+    return f"{os.fspath(directory)}/"  # "gs://bucket/path/": TensorStore knows these itself
+
+
+def _spec(driver: str, directory: epath.Path) -> dict[str, Any]:
+    return {"driver": driver, "kvstore": _kvstore(directory)}
+
+
+def _open_all(specs: Mapping[str, Any], where: epath.Path) -> dict[str, StoredArray]:
+    context = ts.Context()  # one for all: the index of a database is read once
+    opening = {name: ts.open(spec, open=True, context=context) for name, spec in specs.items()}
+    arrays = {}
+    for name, future in opening.items():
+        with _readable(name, where):
+            store = future.result()
+        arrays[name] = _on_disk(name, store, where)
+    return arrays
+
+
+def _on_disk(name: str, store: ts.TensorStore, where: epath.Path) -> StoredArray:
+    def read(*part: slice) -> np.ndarray:
+        with _readable(name, where):
+            return store[part].read().result()
+
+    chunk_rows = (store.chunk_layout.read_chunk.shape or (None,))[0] or 1
+    return StoredArray(name, tuple(store.shape), store.dtype.name, chunk_rows, read)
+
+
+@contextlib.contextmanager
+def _readable(name: str, where: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as e:  # TensorStore raises it for whatever is wrong with a file
+        array = name.replace("/", ".")
+        raise UsageError(f"{where}: {array} is missing or damaged ({_first_line(e)})") from e
+
+
+def _check_chunks(array: StoredArray, directory: epath.Path) -> None:
+    """Raises UsageError if pieces are missing, which zarr would take for zeros."""
+    chunks = json.loads((directory / ".zarray").read_text())["chunks"]
+    expected = math.prod(-(-n // c) for n, c in zip(array.shape, chunks, strict=True))
+    found = sum(not child.name.startswith(".") for child in directory.iterdir())
+    if found < expected:
+        raise UsageError(f"{directory}: {found} of {expected} pieces of the array are there")
+
+
+def as_float32(part: np.ndarray) -> np.ndarray:
+    """The same values in float32; bfloat16 has a subset of them."""
+    return np.ascontiguousarray(part, np.float32)
+
+
+def check_dtype(array: StoredArray, where: epath.Path) -> None:
+    """Raises UsageError if the array's dtype is not one that is converted."""
+    if array.dtype not in CONVERTED_DTYPES:
+        raise UsageError(
+            f"{where}: {array.name} is {array.dtype}; only float32 and bfloat16 are converted"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

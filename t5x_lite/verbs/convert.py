@@ -1,0 +1,85 @@
+"""`convert`: checkpoints of Hugging Face and T5X in, of Hugging Face out."""
+
+import contextlib
+import re
+
+from t5x_lite.errors import UsageError
+from t5x_lite.verbs.flags import given, parser_of
+
+# So many CPU devices, each of which holds a part of an array: they are written one by one.
+_NUM_DEVICES = 8
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def run(argv: list[str]) -> int:
+    """Reads the flags and does it; returns the exit code."""
+    parser = parser_of(
+        "convert",
+        "Make a MODEL_DIR of a Hugging Face or T5X checkpoint; or write one for transformers.\n"
+        "  --from=hf DIRECTORY --to=MODEL_DIR\n"
+        "  --from=t5x CHECKPOINT --to=MODEL_DIR --vocabulary=FILE\n"
+        "  MODEL_DIR --to=hf DIRECTORY",
+        "convert --from=hf flan-t5-base --to=models/flan_t5_base",
+    )
+    parser.add_argument("paths", nargs="+", help="what to read; with --to=hf then where to write")
+    parser.add_argument(
+        "--from", dest="from_", metavar="FORMAT", help="hf or t5x; a MODEL_DIR if not given"
+    )
+    parser.add_argument("--to", required=True, metavar="PLACE", help="a new MODEL_DIR, or hf")
+    parser.add_argument(
+        "--vocabulary", help="a SentencePiece model, or bytes; by default the source's own"
+    )
+    parser.add_argument("--checkpoint", help="with --to=hf: latest, best or a step")
+    parser.add_argument(
+        "--max_shard_size", help="with --to=hf: of each file of weights (default: 5GB)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="with --to=hf: float32, or what the model was converted from if it was not trained",
+    )
+    arguments = parser.parse_intermixed_args(argv)  # MODEL_DIR --to=hf DIRECTORY
+    outward = given(arguments, ("checkpoint", "max_shard_size", "dtype"))
+    if arguments.to == "hf":
+        if arguments.from_ is not None or arguments.vocabulary is not None:
+            raise UsageError(
+                "--to=hf writes a MODEL_DIR's checkpoint, with its vocabulary: convert to a "
+                "MODEL_DIR first, and leave out --from and --vocabulary"
+            )
+        _check_num_paths(arguments.paths, "MODEL_DIR --to=hf DIRECTORY", 2)
+        outward["max_shard_bytes"] = _parse_size(outward.pop("max_shard_size", "5GB"))
+    else:
+        if arguments.from_ not in ("hf", "t5x"):
+            raise UsageError(f"--from={arguments.from_}: allowed are hf and t5x (or --to=hf)")
+        if outward:
+            raise UsageError(f"--{next(iter(outward))} belongs to --to=hf")
+        _check_num_paths(arguments.paths, f"--from={arguments.from_} PATH --to=MODEL_DIR", 1)
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # JAX has begun with the devices it found
+        jax.config.update("jax_num_cpu_devices", _NUM_DEVICES)
+    from t5x_lite import setup
+
+    with setup.without_native_notes():
+        from t5x_lite import convert
+    if arguments.to == "hf":
+        convert.export_checkpoint(*arguments.paths, **outward)
+    else:
+        convert.import_checkpoint(
+            arguments.from_, arguments.paths[0], arguments.to, vocabulary=arguments.vocabulary
+        )
+    return 0
+
+
+def _check_num_paths(paths: list[str], form: str, count: int) -> None:
+    if len(paths) != count:
+        raise UsageError(f"give convert {form}; found {' '.join(paths)}")
+
+
+def _parse_size(text: str) -> int:
+    """`"5GB"` in bytes; UsageError if it is no size."""
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
+    if not match or not int(match[1]):
+        raise UsageError(f"--max_shard_size={text}: give a size like 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,54 @@
+"""`train`: a training run from gin files."""
+
+from t5x_lite.errors import UsageError
+from t5x_lite.verbs.flags import EXAMPLE_FILES, keep_compiled_programs, parser_of
+
+
+def run(argv: list[str]) -> int:
+    """Reads the flags and does it; returns the exit code."""
+    parser = parser_of(
+        "train",
+        "Pre-train or fine-tune. The same command resumes a run that was interrupted.",
+        f"train {EXAMPLE_FILES}",
+    )
+    parser.add_argument(
+        "--gin_file", action="append", default=[], help="repeatable; a later file wins"
+    )
+    parser.add_argument(
+        "--gin.NAME",
+        dest="unused",
+        metavar="VALUE",
+        help="--gin.NAME=VALUE binds a macro or parameter; repeatable, wins over files",
+    )
+    parser.add_argument("--gin_search_paths", default="", help="comma-separated directories")
+    parser.add_argument("--tfds_data_dir", help="where TFDS finds prepared data sets")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="resolve everything, build one batch, print parameters and shardings; train nothing",
+    )
+    if any(flag in argv for flag in ("-h", "--help")):
+        parser.parse_args(argv)
+    from etils import epath
+
+    from t5x_lite import gin_utils, train
+    from t5x_lite.run_config import check_same_run
+
+    bindings, rest = gin_utils.split_gin_flags(argv)
+    arguments = parser.parse_args(rest)
+    if not arguments.gin_file:
+        raise UsageError(f"give --gin_file, for example {EXAMPLE_FILES}")
+    if arguments.tfds_data_dir:
+        bindings.append(f"DataConfig.tfds_data_dir = {arguments.tfds_data_dir!r}")
+    paths = [path for path in arguments.gin_search_paths.split(",") if path]
+    config, text = gin_utils.load_train_config(arguments.gin_file, bindings, paths)
+
+    saved = epath.Path(config.model_dir) / "config.gin"
+    if saved.exists():
+        check_same_run(gin_utils.read_saved(saved), config)
+    keep_compiled_programs()
+    if arguments.dry_run:
+        train.dry_run(config)
+    else:
+        train.train(config, text)
+    return 0
