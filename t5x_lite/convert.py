@@ -104,10 +104,9 @@ def export_checkpoint(
     step_dir = run.model_dir / "checkpoints" / str(step)
     checkpoints.require_intact(step_dir, "params/")
     shapes = jax.eval_shape(lambda key: t5.init(run.model, key), jax.random.key(0))
-    if dtype is None:
-        trained = (run.model_dir / "config.gin").exists()
-        dtype = "float32" if trained else run.converted_from.get("dtype", "float32")
     model_class = _model_class(run.model, run.converted_from)
+    if dtype is None:
+        dtype = _untouched_dtype(run, model_class)
     path = run.model_dir / run_files.VOCABULARY_FILE
     words = path.read_bytes() if path.exists() else None
     hf_write.write_hf(
@@ -117,7 +116,7 @@ def export_checkpoint(
         model_class=model_class,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        tokenizer_files=vocabularies.tokenizer_files(words, run.model.vocab_size),
+        tokenizer_files=vocabularies.tokenizer_files(words, model_class, run.model.vocab_size),
         card=model_card.read_card(run.model_dir, step),
     )
     print(f"step {step} of {model_dir} is in {directory}: {model_class}, {dtype}")
@@ -135,6 +134,14 @@ def _model_class(model: T5Config, origin: Mapping[str, Any]) -> str:
     if model.relative_bias_per_layer:
         return "umt5"
     return "mt5" if origin.get("model_type") == "mt5" else "t5"
+
+
+def _untouched_dtype(run: saved_run.SavedRun, model_class: str) -> str:
+    """What holds every parameter as it is: its source's, if nothing has changed them since."""
+    found = run.converted_from.get("dtype")
+    trained = (run.model_dir / "config.gin").exists()
+    scaled = hf_write.output_scale(run.model, model_class) != 1
+    return "float32" if trained or scaled or found not in hf_write.DTYPES else found
 
 
 def _vocabulary(path: str, given: str | None) -> vocabularies.ForeignVocabulary:

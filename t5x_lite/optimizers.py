@@ -21,7 +21,9 @@ Axes = tuple[str, ...]
 
 OPTIMIZERS = ("adafactor", "adamw")
 SCHEDULES = ("inverse_sqrt", "constant", "linear", "cosine")
+FACTORINGS = ("both_sides", "t5x_scanned")
 LAYERS = "layers"
+EMBED = "embed"
 
 _T5_WARMUP_STEPS = 10_000
 # Added to squared gradients, and the smallest parameter scale: epsilon 1 and 2 of the paper.
@@ -50,6 +52,12 @@ class OptimizerConfig:
       decay_rate: Adafactor's second moments decay by 1 - (step + 1) ** -decay_rate.
       clipping_threshold: Adafactor scales updates down to this root mean square.
       min_dim_size_to_factor: Adafactor factors a matrix if both sides are at least this long.
+      factoring: which of Adafactor's second moments are factored. 'both_sides': every matrix with
+        two sides of min_dim_size_to_factor, as T5X does with layers that are not scanned.
+        't5x_scanned': within a stack of layers every matrix with a side "embed" (d_model), however
+        small, and none else; outside of stacks as before. That is what T5X's
+        `standard_logical_factor_rules` make of its scanned network (t5x/adafactor.py), so
+        a state from such a checkpoint continues as it would there.
 
     Raises:
       UsageError: a name is unknown or a number out of range.
@@ -69,15 +77,19 @@ class OptimizerConfig:
     decay_rate: float = 0.8
     clipping_threshold: float = 1.0
     min_dim_size_to_factor: int = 128
+    factoring: str = "both_sides"
 
     def __post_init__(self) -> None:
-        for choice, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        choices = {"name": OPTIMIZERS, "schedule": SCHEDULES, "factoring": FACTORINGS}
+        for choice, known in choices.items():
             value = getattr(self, choice)
             if value not in known:
                 raise UsageError(
                     f"OptimizerConfig.{choice} = {value!r} is unknown; {nearest(str(value), known)}"
                 )
-        for field in dataclasses.fields(self)[2:]:
+        for field in dataclasses.fields(self):
+            if field.name in choices:
+                continue
             value, optional = getattr(self, field.name), field.default is None
             is_number = isinstance(value, int | float) and math.isfinite(value)
             allowed = "a finite number or None" if optional else "a finite number"
@@ -173,6 +185,7 @@ def make_optimizer(config: OptimizerConfig, logical_axes: PyTree) -> optax.Gradi
             clipping_threshold=config.clipping_threshold,
             min_dim_size_to_factor=config.min_dim_size_to_factor,
             weight_decay=config.weight_decay,
+            factoring=config.factoring,
         )
     else:
         optimizer = optax.adamw(
@@ -218,12 +231,13 @@ def adafactor(
     clipping_threshold: float = 1.0,
     min_dim_size_to_factor: int = 128,
     weight_decay: float = 0.0,
+    factoring: str = "both_sides",
 ) -> optax.GradientTransformation:
     """Adafactor without momentum, one layer at a time (Shazeer and Stern 2018, algorithm 4).
 
-    It does what T5X's Adafactor does to unscanned parameters: second moments factored into rows
-    and columns, updates clipped by their root mean square and scaled by the parameter's (at least
-    1e-3). For a stack of layers each of these is taken within a layer.
+    It does what T5X's Adafactor does: second moments factored into rows and columns, updates
+    clipped by their root mean square and scaled by the parameter's (at least 1e-3). For a stack of
+    layers each of these is taken within a layer.
 
     Args:
       learning_rate: relative rate as a function of the number of updates made before this one.
@@ -234,6 +248,7 @@ def adafactor(
       min_dim_size_to_factor: a layer's second moments are factored over its last two axes if both
         are at least this long.
       weight_decay: the fraction of each parameter taken away at each step.
+      factoring: 'both_sides' or 't5x_scanned', see `OptimizerConfig`.
 
     Returns:
       A transformation whose updates are f32 and whose state is `AdafactorState`. Its `init` raises
@@ -244,7 +259,7 @@ def adafactor(
 
     def init(params: PyTree) -> AdafactorState:
         slots = [
-            _init_slots(path, param.shape, axes, min_dim_size_to_factor)
+            _init_slots(path, param.shape, axes, min_dim_size_to_factor, factoring)
             for (path, param), axes in zip(
                 jax.tree_util.tree_leaves_with_path(params), axes_leaves, strict=True
             )
@@ -284,15 +299,22 @@ def adafactor(
 
 
 def _init_slots(
-    path: tuple[Any, ...], shape: tuple[int, ...], axes: Axes, min_dim_size_to_factor: int
+    path: tuple[Any, ...],
+    shape: tuple[int, ...],
+    axes: Axes,
+    min_dim_size_to_factor: int,
+    factoring: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """v_row, v_col and v of one parameter: zeros, and scalars where not in use."""
     if len(shape) != len(axes):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         raise ValueError(f"{name} has shape {shape} but logical axes {axes}")
     layer_shape = shape[_is_stacked(axes) :]
+    is_factored = len(layer_shape) >= 2 and min(layer_shape[-2:]) >= min_dim_size_to_factor
+    if factoring == "t5x_scanned" and _is_stacked(axes):
+        is_factored = len(layer_shape) >= 2 and EMBED in axes[-2:]
     shapes: tuple[tuple[int, ...], ...] = ((), (), shape)
-    if len(layer_shape) >= 2 and min(layer_shape[-2:]) >= min_dim_size_to_factor:
+    if is_factored:
         shapes = (shape[:-1], shape[:-2] + shape[-1:], ())
     v_row, v_col, v = (jnp.zeros(s, jnp.float32) for s in shapes)
     return v_row, v_col, v

@@ -8,8 +8,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,20 +15,12 @@ import tensorflow as tf
 from absl import logging
 
 from t5x_lite.errors import UsageError
-from tasks import cache
+from tasks import cache, shards
 
 SPLITS = ("train", "validation")
 SHARD_BYTES = 64 << 20  # of text; many shards so that they can be shuffled and shared by hosts
 _FORMAT_VERSION = 1  # to be raised with any change to what a shard holds
 _JSON_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """The shards of a split and the number of documents in them."""
-
-    shards: tuple[str, ...]
-    num_documents: int
 
 
 @dataclasses.dataclass
@@ -54,7 +44,7 @@ def match_files(pattern: str) -> list[str]:
 
 def convert(
     inputs: Sequence[tuple[str, float]], field: str | None, skip_corrupt_lines: bool
-) -> dict[str, Split]:
+) -> dict[str, shards.Split]:
     """Converts the files that are not converted yet.
 
     Args:
@@ -76,9 +66,9 @@ def convert(
             raise UsageError(f"{message}; TEXT_FILES_SKIP_CORRUPT_LINES=True leaves them out")
         logging.warning("Left out: %s", message)
     return {
-        split: Split(
+        split: shards.Split(
             shards=tuple(shard for c in converted for shard in c.shards[split]),
-            num_documents=sum(c.num_documents[split] for c in converted),
+            num_examples=sum(c.num_documents[split] for c in converted),
         )
         for split in SPLITS
     }
@@ -104,10 +94,10 @@ def _convert_once(file: str, field: str | None, validation_share: float) -> _Con
     summary = directory / f"{key}.json"
     if summary.exists():
         kept = _Converted(**json.loads(summary.read_bytes()))
-        if all(os.path.exists(shard) for shards in kept.shards.values() for shard in shards):
+        if all(os.path.exists(shard) for paths in kept.shards.values() for shard in paths):
             return kept
     logging.info("Reading %s", file)
-    writers = {split: _ShardWriter(directory, f"{key}-{split}") for split in SPLITS}
+    writers = {split: shards.ShardWriter(directory, f"{key}-{split}") for split in SPLITS}
     converted = _Converted(shards={}, num_documents={})
     try:
         for number, line in _lines(file):
@@ -118,10 +108,13 @@ def _convert_once(file: str, field: str | None, validation_share: float) -> _Con
                     converted.first_corrupt or f"{file} line {number}: {problem}"
                 )
             elif text:
-                writers[_split_of(text, validation_share)].write(text)
+                writer = writers[_split_of(text, validation_share)]
+                writer.write(text)
+                if writer.shard_bytes >= SHARD_BYTES:
+                    writer.end_shard()
         for split, writer in writers.items():
             converted.shards[split] = writer.finish()
-            converted.num_documents[split] = writer.num_documents
+            converted.num_documents[split] = writer.num_records
     finally:
         for writer in writers.values():
             writer.discard()
@@ -175,51 +168,3 @@ def _parse(line: bytes, field: str | None) -> tuple[bytes, str]:
         return record[field].strip().encode(), ""
     except UnicodeEncodeError:
         return b"", f"field {field!r} has half of a surrogate pair"
-
-
-class _ShardWriter:
-    """Writes texts to TFRecord files that appear under their names when they are complete."""
-
-    def __init__(self, directory: pathlib.Path, prefix: str) -> None:
-        self.num_documents = 0
-        self._directory = directory
-        self._prefix = prefix
-        self._shards: list[str] = []
-        self._writer: tf.io.TFRecordWriter | None = None
-        self._temporary = ""
-        self._room = 0
-
-    def write(self, text: bytes) -> None:
-        if self._writer is None:
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._temporary = str(self._directory / f"{uuid.uuid4().hex}.tmp")
-                self._writer = tf.io.TFRecordWriter(self._temporary)
-            except OSError as e:
-                raise cache.not_writable(e) from e
-            self._room = SHARD_BYTES
-        self._writer.write(text)
-        self.num_documents += 1
-        self._room -= len(text)
-        if self._room <= 0:
-            self._close()
-
-    def finish(self) -> list[str]:
-        """Completes the last shard; returns the paths of all."""
-        self._close()
-        return self._shards
-
-    def discard(self) -> None:
-        """Removes what is unfinished, if anything is."""
-        if self._writer is not None:
-            self._writer.close()
-            os.unlink(self._temporary)
-            self._writer = None
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            path = self._directory / f"{self._prefix}-{len(self._shards):05d}.tfrecord"
-            os.replace(self._temporary, path)
-            self._shards.append(str(path))
-            self._writer = None

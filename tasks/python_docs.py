@@ -15,10 +15,9 @@ import pathlib
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import sentencepiece
 import seqio
 import tensorflow as tf
@@ -203,50 +202,6 @@ def summary_records(split: str) -> list[dict[str, str]]:
     return records
 
 
-class RecordsSource(seqio.DataSource):
-    """Records of strings that fit into memory; of every record the same fields.
-
-    Shuffled as a whole and sharded by index, so any number of hosts can share it.
-    """
-
-    def __init__(
-        self, splits: Sequence[str], load: Callable[[str], Sequence[Mapping[str, str]]]
-    ) -> None:
-        """`load(split)` gives the records; it is called whenever they are needed."""
-        super().__init__(splits=splits)
-        self._load = load
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return True
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        return [split]
-
-    def num_input_examples(self, split: str) -> int:
-        return len(self._load(split))
-
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused_kwargs: object,
-    ) -> tf.data.Dataset:
-        records = self._load(split)
-        order = np.arange(len(records))
-        if shuffle:
-            order = np.random.default_rng(seed).permutation(len(records))
-        if shard_info:
-            order = order[shard_info.index :: shard_info.num_shards]
-        columns = {
-            name: tf.constant([records[i][name] for i in order.tolist()], tf.string)
-            for name in records[0]
-        }
-        return tf.data.Dataset.from_tensor_slices(columns)
-
-
 def _cast(prefix: str, inputs: str, targets: str) -> registration.Preprocessor:
     """The field `inputs` after a prefix, as T5 has it, and the field `targets`."""
 
@@ -263,7 +218,7 @@ def _register_supervised() -> None:
     splits = ["train", "validation"]
     registration.register_supervised(
         "python_docs_kind",
-        RecordsSource(splits, kind_records),
+        sources.RecordsSource(splits, kind_records, ["docstring", "kind"]),
         VOCABULARY,
         casts=[_cast("kind: ", "docstring", "kind")],
         metric_fns=[metrics.accuracy, metrics.mean_multiclass_f1(num_classes=len(KINDS))],
@@ -271,7 +226,7 @@ def _register_supervised() -> None:
     )
     registration.register_supervised(
         "python_docs_summary",
-        RecordsSource(splits, summary_records),
+        sources.RecordsSource(splits, summary_records, ["body", "summary"]),
         VOCABULARY,
         casts=[_cast("summarize: ", "body", "summary")],
         metric_fns=[metrics.rouge_mean],
@@ -283,6 +238,10 @@ def _register_supervised() -> None:
 
 def register() -> None:
     """Registers `python_docs_span_corruption` and its siblings, and the supervised tasks."""
-    source = sources.DocumentsSource(["train", "validation"], documents)
+    source = sources.RecordsSource(
+        ["train", "validation"],
+        lambda split: [{"text": document} for document in documents(split)],
+        ["text"],
+    )
     registration.register_objectives("python_docs", source, VOCABULARY)
     _register_supervised()

@@ -13,16 +13,28 @@ from tensorflow_datasets.core.utils import file_utils
 from t5x_lite.errors import UsageError, nearest
 
 
-class DocumentsSource(seqio.DataSource):
-    """Texts that fit into memory: examples {"text": string}.
+class RecordsSource(seqio.DataSource):
+    """Records of strings that fit into memory: examples {field: string}.
 
     Shuffled as a whole and sharded by index, so any number of hosts can share it.
     """
 
-    def __init__(self, splits: Iterable[str], load: Callable[[str], Sequence[str]]) -> None:
-        """`load(split)` gives the documents; it is called whenever they are needed."""
+    def __init__(
+        self,
+        splits: Iterable[str],
+        load: Callable[[str], Sequence[Mapping[str, str]]],
+        fields: Sequence[str],
+    ) -> None:
+        """`load(split)` gives the records; it is called whenever they are needed.
+
+        Args:
+          splits: their names.
+          load: split -> records, each with all of the fields.
+          fields: those that the examples have, also where a split has no record.
+        """
         super().__init__(splits=splits)
         self._load = load
+        self._fields = tuple(fields)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -42,12 +54,17 @@ class DocumentsSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused_kwargs: object,
     ) -> tf.data.Dataset:
-        documents = np.array([text.encode() for text in self._load(split)], object)
+        records = self._load(split)
+        order = np.arange(len(records))
         if shuffle:
-            documents = documents[np.random.default_rng(seed).permutation(len(documents))]
+            order = np.random.default_rng(seed).permutation(len(records))
         if shard_info:
-            documents = documents[shard_info.index :: shard_info.num_shards]
-        return tf.data.Dataset.from_tensor_slices({"text": documents.tolist()})
+            order = order[shard_info.index :: shard_info.num_shards]
+        columns = {
+            field: tf.constant([records[i][field] for i in order.tolist()], tf.string)
+            for field in self._fields
+        }
+        return tf.data.Dataset.from_tensor_slices(columns)
 
 
 # ---- TFDS ----------------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ can be saved and which hosts can share by shard.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import seqio
 import tensorflow as tf
 
 from t5x_lite.errors import UsageError
-from tasks import conversion, registration, vocabularies
+from tasks import conversion, registration, shards, vocabularies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class TextFiles:
 
 
 @functools.cache
-def prepare(files: TextFiles) -> dict[str, conversion.Split]:
+def prepare(files: TextFiles) -> dict[str, shards.Split]:
     """Checks and converts the files, as far as that is not done: "train" and "validation".
 
     Raises:
@@ -67,7 +66,7 @@ def prepare(files: TextFiles) -> dict[str, conversion.Split]:
             )
         inputs += [(file, 1.0) for file in matched]
     splits = conversion.convert(inputs, files.field, files.skip_corrupt_lines)
-    if not splits["train"].num_documents:
+    if not splits["train"].num_examples:
         raise UsageError(f"TEXT_FILES_PATTERN {files.pattern!r}: no text to train on")
     return splits
 
@@ -79,55 +78,26 @@ def _matches(macro: str, pattern: str) -> list[str]:
     return matched
 
 
-class TextFilesSource(seqio.DataSource):
+class TextFilesSource(shards.ShardSource):
     """Examples {"text": string}; `get_files` is asked whenever the data is used."""
 
     def __init__(self, get_files: Callable[[], TextFiles]) -> None:
         super().__init__(splits=["train", "validation"])
         self._get_files = get_files
 
-    def _split(self, split: str) -> conversion.Split:
+    def prepare(self, split: str) -> shards.Split:
         files = self._get_files()
         found = prepare(files)[split]
-        if not found.num_documents:
+        if not found.num_examples:
             raise UsageError(
                 f"TEXT_FILES_PATTERN {files.pattern!r}: no document fell into the {split} split; "
                 "raise TEXT_FILES_VALIDATION_SHARE or set TEXT_FILES_VALIDATION_PATTERN"
             )
         return found
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        return False
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        return self._split(split).shards
-
-    def num_input_examples(self, split: str) -> int:
-        return self._split(split).num_documents
-
-    def get_dataset(
-        self,
-        split: str = "train",
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused_kwargs: object,
-    ) -> tf.data.Dataset:
-        shards = self._split(split).shards
-        dataset = tf.data.Dataset.from_tensor_slices(list(shards))
-        if shard_info:
-            dataset = dataset.shard(shard_info.num_shards, shard_info.index)
-        if shuffle:
-            dataset = dataset.shuffle(len(shards), seed=seed)
-        dataset = dataset.interleave(
-            tf.data.TFRecordDataset,
-            cycle_length=16,
-            block_length=16,
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
-        return dataset.map(lambda text: {"text": text}, num_parallel_calls=tf.data.AUTOTUNE)
+    def read(self, files: tf.data.Dataset, split: str, shuffle: bool) -> tf.data.Dataset:
+        texts = shards.interleave(files)
+        return texts.map(lambda text: {"text": text}, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 # ---- registration --------------------------------------------------------------------------------

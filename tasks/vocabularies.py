@@ -2,12 +2,20 @@
 
 Ids are T5's: pad 0, eos 1, unk 2, then the pieces, then the sentinels `<extra_id_N>` counted down
 from the end, so that `<extra_id_0>` is the last id.
+
+Bytes are ByT5's 259 ids, pad, eos, unk and the 256 bytes, without sentinels of their own: span
+corruption takes the last 100 byte ids, 258 and down (arXiv:2105.13626, section 3). Such an id is a
+sentinel in denoised examples only; in any other text it is a byte. Only the first eleven can be
+told apart wherever they stand, since no UTF-8 text has a byte of 0xF5 or above: these are shown as
+`<extra_id_N>` and not counted as text. ByT5's own spans, of 20 bytes on average, need nine in 1024
+inputs.
 """
 
 import abc
 import functools
 import io
 import itertools
+import os
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -23,6 +31,8 @@ T5_VOCABULARY_FILE = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.mo
 BYTES = "bytes"
 NUM_SENTINELS = 100
 
+_MODEL_DIR_FILES = ("vocabulary.model", "model.json")
+_FIRST_ID_OF_NO_TEXT = 3 + 0xF5  # among bytes
 _SENTINEL_PIECE = re.compile("▁?<extra_id_([0-9]+)>")
 
 
@@ -122,8 +132,8 @@ _load_lock = threading.Lock()
 def load(file: str) -> seqio.Vocabulary:
     """The vocabulary in a SentencePiece model file with 100 sentinels after its pieces, or "bytes".
 
-    Sentinels are not added to a model that has them already (as mT5's). Bytes have 100 sentinels
-    after the 256 bytes, where ByT5 takes the ids of the last bytes, which real text uses as well.
+    Sentinels are not added to a model that has them already (as mT5's), nor to a run's own
+    `vocabulary.model`, which lies in MODEL_DIR beside `model.json` and is complete.
 
     Raises:
       UsageError: the file cannot be read, is no SentencePiece model, or its pad is not 0.
@@ -135,7 +145,7 @@ def load(file: str) -> seqio.Vocabulary:
 @functools.cache
 def _load(file: str) -> seqio.Vocabulary:
     if file == BYTES:
-        return seqio.ByteVocabulary(extra_ids=NUM_SENTINELS)
+        return seqio.ByteVocabulary(extra_ids=0)
     try:
         with tf.io.gfile.GFile(file, "rb") as f:
             content = f.read()
@@ -157,7 +167,14 @@ def _load(file: str) -> seqio.Vocabulary:
             "pad must be 0 and there must be an eos (`python -m t5x_lite vocab` makes such a model)"
         )
     has_sentinels = _SENTINEL_PIECE.fullmatch(pieces.IdToPiece(len(pieces) - 1))
-    return seqio.SentencePieceVocabulary(file, extra_ids=0 if has_sentinels else NUM_SENTINELS)
+    is_complete = bool(has_sentinels) or _is_of_run(file)
+    return seqio.SentencePieceVocabulary(file, extra_ids=0 if is_complete else NUM_SENTINELS)
+
+
+def _is_of_run(file: str) -> bool:
+    folder, name = os.path.split(file)
+    own_name, beside = _MODEL_DIR_FILES
+    return name == own_name and tf.io.gfile.exists(os.path.join(folder, beside))
 
 
 # ---- sentinels -----------------------------------------------------------------------------------
@@ -175,9 +192,11 @@ def sentinel_id(vocabulary: seqio.Vocabulary, i: int) -> int:
 
 
 def num_sentinels(vocabulary: seqio.Vocabulary) -> int:
-    """How many ids at the end of the vocabulary are sentinels."""
+    """How many ids at the end of the vocabulary span corruption may use as sentinels."""
     if isinstance(vocabulary, LazyVocabulary):
         vocabulary = vocabulary.resolve()
+    if _is_plain_bytes(vocabulary):
+        return NUM_SENTINELS
     if vocabulary.extra_ids or not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return vocabulary.extra_ids
     return _num_sentinel_pieces(vocabulary.tokenizer)
@@ -189,20 +208,36 @@ def _num_sentinel_pieces(pieces: sentencepiece.SentencePieceProcessor) -> int:
     return sum(1 for _ in itertools.takewhile(_SENTINEL_PIECE.fullmatch, from_last))
 
 
+def _first_id_of_no_text(vocabulary: seqio.Vocabulary) -> int:
+    """The ids from here on are sentinels wherever they stand."""
+    if isinstance(vocabulary, LazyVocabulary):
+        vocabulary = vocabulary.resolve()
+    if _is_plain_bytes(vocabulary):
+        return _FIRST_ID_OF_NO_TEXT
+    return vocabulary.vocab_size - num_sentinels(vocabulary)
+
+
+def _is_plain_bytes(vocabulary: seqio.Vocabulary) -> bool:
+    return isinstance(vocabulary, seqio.ByteVocabulary) and not vocabulary.extra_ids
+
+
 def text_token_mask(vocabulary: seqio.Vocabulary) -> np.ndarray:
-    """bool [vocab_size], True for ids of ordinary text: neither pad, eos nor a sentinel."""
+    """bool [vocab_size], True for ids of ordinary text: neither pad, eos nor a sentinel.
+
+    Of bytes all are text that UTF-8 text may have, although span corruption uses some as sentinels.
+    """
     mask = np.ones(vocabulary.vocab_size, bool)
     mask[[i for i in (vocabulary.pad_id, vocabulary.eos_id) if i is not None]] = False
-    mask[vocabulary.vocab_size - num_sentinels(vocabulary) :] = False
+    mask[_first_id_of_no_text(vocabulary) :] = False
     return mask
 
 
 def decode_with_sentinels(vocabulary: seqio.Vocabulary, ids: Iterable[int]) -> str:
     """Text with ` <extra_id_N> ` where sentinels stand (which bytes would else leave out).
 
-    Padding is dropped; an eos ends the text.
+    Padding is dropped; an eos ends the text. Of bytes, only what no text has is a sentinel.
     """
-    first_sentinel = vocabulary.vocab_size - num_sentinels(vocabulary)
+    first_sentinel = _first_id_of_no_text(vocabulary)
     parts: list[str] = []
     text_ids: list[int] = []
 

@@ -51,8 +51,10 @@ def register():
         added.append((seqio.TaskRegistry, name))
         return seqio.TaskRegistry.add(
             name,
-            source=sources.DocumentsSource(
-                ["train", "validation"], lambda split: [str(i) for i in range(num_examples)]
+            source=sources.RecordsSource(
+                ["train", "validation"],
+                lambda split: [{"text": str(i)} for i in range(num_examples)],
+                ["text"],
             ),
             preprocessors=[number, *preprocessors],
             output_features={"inputs": FEATURE, "targets": FEATURE} | kwargs,

@@ -110,7 +110,9 @@ def registered():
             postprocess_fn=postprocess,
             metric_fns=[_share_equal, _mean_score],
         )
-    source = sources.DocumentsSource(["train", "validation"], _documents)
+    source = sources.RecordsSource(
+        ["train", "validation"], lambda split: [{"text": t} for t in _documents(split)], ["text"]
+    )
     names += registration.register_objectives("test_documents", source, BYTES)
     seqio.MixtureRegistry.add(
         "test_mixture", [("test_documents_prefix_lm", 3), ("test_documents_span_corruption", 1)]

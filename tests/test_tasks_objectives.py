@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite.errors import UsageError
-from tasks import noise, objectives
+from tasks import noise, objectives, vocabularies
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "golden"
 VOCAB_SIZE = 32100
@@ -211,7 +211,8 @@ def _corrupt(texts, vocabulary, lengths, seed) -> list[dict]:
 
 def _merge(example: dict, vocabulary) -> list[int]:
     """Puts the spans of the targets where their sentinels stand in the inputs."""
-    first_sentinel = vocabulary.vocab_size - vocabulary.extra_ids
+    # 512 inputs have 28 spans; TEXT has none of the last 28 bytes, which are sentinels of bytes.
+    first_sentinel = vocabulary.vocab_size - (vocabulary.extra_ids or 28)
     inputs, targets = example["inputs"].tolist(), example["targets"].tolist()
     assert inputs.pop() == targets.pop() == vocabulary.eos_id
     spans: dict[int, list[int]] = {}
@@ -235,7 +236,7 @@ def _merge(example: dict, vocabulary) -> list[int]:
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_span_corruption_decoded_and_merged_gives_the_text(shared_data, kind, inputs_length, seed):
     if kind == "bytes":
-        vocabulary = seqio.ByteVocabulary(extra_ids=100)
+        vocabulary = vocabularies.load("bytes")
     else:
         model = shared_data / "vocabs" / "t5_sentencepiece_32000.model"
         vocabulary = seqio.SentencePieceVocabulary(str(model), extra_ids=100)
@@ -251,6 +252,17 @@ def test_span_corruption_decoded_and_merged_gives_the_text(shared_data, kind, in
         assert (len(example["inputs"]), len(example["targets"])) == (inputs_length, targets_length)
 
 
+def test_bytes_have_the_sentinels_of_byt5():
+    """258, 257 and so on down, in order (arXiv:2105.13626, section 3)."""
+    lengths = {"inputs": 64, "targets": 32}
+    for example in _corrupt(
+        [TEXT.encode("ascii", "ignore")], vocabularies.load("bytes"), lengths, 3
+    ):
+        sentinels = [i for i in example["inputs"] if i > 3 + 127]
+        assert sentinels == list(range(258, 258 - len(sentinels), -1)) and sentinels
+        assert [i for i in example["targets"] if i > 3 + 127][: len(sentinels)] == sentinels
+
+
 def test_noise_share_and_span_length():
     """15% of the tokens in spans of mean length 3, to the rounding of one sequence."""
     for seed in range(20):
@@ -262,7 +274,7 @@ def test_noise_share_and_span_length():
 
 
 def test_seed_fixes_the_stream():
-    vocabulary = seqio.ByteVocabulary(extra_ids=100)
+    vocabulary = vocabularies.load("bytes")
     lengths = {"inputs": 128, "targets": 64}
 
     def stream(seed):

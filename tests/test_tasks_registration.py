@@ -251,9 +251,11 @@ def test_hosts_have_no_segment_in_common(any_task):
     assert sum(map(len, hosts)) == len(set.union(*hosts))
 
 
-def test_documents_source_is_shuffled_shared_and_resumable(tmp_path):
+def test_records_source_is_shuffled_shared_and_resumable(tmp_path):
     texts = [f"text {i}" for i in range(100)]
-    source = sources.DocumentsSource(["train"], lambda split: texts)
+    source = sources.RecordsSource(
+        ["train"], lambda split: [{"text": text} for text in texts], ["text"]
+    )
     assert source.num_input_examples("train") == 100
 
     def read(**kwargs) -> list[str]:

@@ -96,7 +96,7 @@ def test_unchanged_files_are_read_once(tmp_path, cache):
     splits = text_files.prepare(files)
     after = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
     assert before.items() <= after.items()
-    assert sum(split.num_documents for split in splits.values()) == 201
+    assert sum(split.num_examples for split in splits.values()) == 201
 
 
 def test_shards_that_were_deleted_are_made_again(tmp_path, cache):

@@ -1,5 +1,6 @@
 """Vocabularies: lazy, checked, and trained as T5 has them."""
 
+import pathlib
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -56,17 +57,55 @@ def test_setting_the_file_reads_nothing(default_file, tmp_path):
     assert vocabularies.DEFAULT == vocabularies.DEFAULT
 
 
-def test_bytes_have_no_id_in_common_with_sentinels(default_file):
+def test_bytes_are_byt5s(default_file):
+    """259 ids, the last of which are sentinels only where spans were taken out."""
     default_file("bytes")
     vocabulary = vocabularies.DEFAULT
-    text = "ÿ € 漢字"
-    assert vocabulary.decode(vocabulary.encode(text)) == text
-    assert vocabulary.vocab_size == 256 + 3 + 100
+    text = "ÿ € 漢字 \U0010ffff"
+    ids = vocabulary.encode(text)
+    assert ids == [3 + byte for byte in text.encode()]
+    assert vocabulary.decode(ids) == vocabularies.decode_with_sentinels(vocabulary, ids) == text
+    assert vocabulary.vocab_size == 259
+    # As in the example of transformers' ByT5 page.
+    assert [vocabularies.sentinel_id(vocabulary, i) for i in (0, 1, 99)] == [258, 257, 159]
+    assert vocabularies.num_sentinels(vocabulary) == 100
+
+
+def test_byte_sentinels_that_no_text_has(default_file):
+    default_file("bytes")
+    vocabulary = vocabularies.DEFAULT
+    in_text = {3 + byte for i in (*range(0xD800), *range(0xE000, 0x110000)) for byte in _utf8(i)}
+    mask = vocabularies.text_token_mask(vocabulary)
+    assert mask[list(in_text)].all()
+    # 0xC0 and 0xC1 are not in UTF-8 either, but are sentinels 62 and 63.
+    assert set(np.flatnonzero(~mask)) == set(range(259)) - in_text - {2, 3 + 0xC0, 3 + 0xC1}
+    one, two = vocabulary.encode("one"), vocabulary.encode("two")
+    ids = [*one, 258, *two, 248, *one, 1, 0]
+    shown = vocabularies.decode_with_sentinels(vocabulary, ids)
+    assert shown == "one <extra_id_0> two <extra_id_10> one"
+
+
+def _utf8(code_point: int) -> bytes:
+    return chr(code_point).encode()
+
+
+def test_bytes_of_a_task_with_sentinels_of_its_own():
+    vocabulary = seqio.ByteVocabulary(extra_ids=100)
     assert vocabularies.sentinel_id(vocabulary, 0) == 358
-    assert max(vocabulary.encode(text)) < vocabularies.sentinel_id(vocabulary, 99)
-    assert vocabularies.decode_with_sentinels(
-        vocabulary, [*vocabulary.encode("one"), 358, *vocabulary.encode("two"), 1, 0]
-    ) == ("one <extra_id_0> two")
+    assert np.flatnonzero(~vocabularies.text_token_mask(vocabulary)).tolist() == [
+        *(0, 1),
+        *range(259, 359),
+    ]
+
+
+def test_a_runs_own_copy_is_complete(tmp_path, trained):
+    """A model that knows no sentinels keeps a vocabulary without them."""
+    for folder, size in ((tmp_path / "run", 300), (tmp_path / "elsewhere", 400)):
+        folder.mkdir()
+        (folder / "vocabulary.model").write_bytes(pathlib.Path(trained).read_bytes())
+        if size == 300:
+            (folder / "model.json").write_text("{}")
+        assert vocabularies.load(str(folder / "vocabulary.model")).vocab_size == size
 
 
 def test_training_places_ids_and_sentinels_as_t5(trained):

@@ -29,7 +29,9 @@ def _pairs(split, shuffle_files, seed=None):
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """Documents for the default vocabulary, which is missing, and pairs without validation."""
-    source = sources.DocumentsSource(["train", "validation"], _documents)
+    source = sources.RecordsSource(
+        ["train", "validation"], lambda split: [{"text": t} for t in _documents(split)], ["text"]
+    )
     names = registration.register_objectives("test_vocab", source, vocabularies.DEFAULT)
     feature = seqio.Feature(vocabularies.DEFAULT)
     seqio.TaskRegistry.add(

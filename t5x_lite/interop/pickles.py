@@ -203,8 +203,9 @@ class _Unpickler(pickle._Unpickler):
                 return _RebuildTensor(self.path)
             case ("torch._utils", "_rebuild_parameter"):
                 return _RebuildParameter()
+        function = f"{module}.{name}"
         raise UsageError(
-            f"{self.path} wants to call {module}.{name}: refused; only tensors are read from a "
+            f"{self.path} wants to call {function!r:.100}: refused; only tensors are read from a "
             "PyTorch file"
         )
 
@@ -250,8 +251,7 @@ def _unpickle(path: epath.Path, program: bytes, storages: _Storages) -> Any:
         raise
     # A damaged program may fail in any of its operations.
     except _FAILURES as error:
-        kind = type(error).__name__
-        raise UsageError(f"{path}: its data.pkl is damaged ({kind}: {error})") from None
+        raise UsageError(f"{path}: its data.pkl is damaged: {error!r:.100}") from None
 
 
 def _tensors(path: epath.Path, state: Any) -> dict[str, StoredTensor]:

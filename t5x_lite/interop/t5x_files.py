@@ -28,6 +28,8 @@ CONVERTED_DTYPES = ("float32", "bfloat16")
 
 _INDEX = "checkpoint"
 _METADATA = "_METADATA"
+# What Orbax calls a place in the tree that holds no array, as those of a stateless optimizer.
+_EMPTY_NODES = ("None", "Dict", "List", "Tuple", "NamedTuple")
 _STEP_DIR = re.compile(r"checkpoint_(\d+)")
 _LOOKED_FOR = (
     "a file 'checkpoint' (legacy), a directory 'state' with '_METADATA' (Orbax), or directories "
@@ -138,33 +140,28 @@ def _open_orbax(state_dir: epath.Path) -> dict[str, StoredArray]:
     path = state_dir / _METADATA
     try:
         metadata = json.loads(path.read_text())
-        keys = [ast.literal_eval(key) for key in metadata["tree_metadata"]]
+        entries = {
+            ast.literal_eval(key): entry["value_metadata"]["value_type"]
+            for key, entry in metadata["tree_metadata"].items()
+        }
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        # Older releases of Orbax did not say; the manifest does.
-        is_database = metadata.get("use_ocdbt", (state_dir / "manifest.ocdbt").exists())
     except (ValueError, SyntaxError, KeyError, AttributeError, TypeError) as e:
         raise UsageError(f"{path}: truncated or not Orbax's metadata ({_first_line(e)})") from e
-    if not any(key[0] == "target" for key in keys):
+    if not any(key[0] == "target" for key in entries):
         raise UsageError(f"{path}: not the state of a T5X checkpoint: it has no 'target'")
+    is_database = (state_dir / "manifest.ocdbt").exists()
     specs = {}
-    for key in keys:
+    for key, value_type in entries.items():
         place = ".".join(key)
+        if value_type in _EMPTY_NODES:
+            continue
         if is_database:
             base = _kvstore(state_dir)
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{place}/"}
             specs["/".join(key)] = {"driver": driver, "kvstore": kvstore}
         else:
             specs["/".join(key)] = _spec(driver, state_dir / place)
-    entries = metadata["tree_metadata"].values()
-    empty = [isinstance(e, dict) and _is_empty(e) for e in entries]
-    named = {name: spec for (name, spec), no in zip(specs.items(), empty, strict=True) if not no}
-    return _open_all(named, state_dir)
-
-
-def _is_empty(entry: Mapping[str, Any]) -> bool:
-    """Whether a place in Orbax's tree holds nothing, as that of a stateless optimizer does."""
-    value = entry.get("value_metadata", {})
-    return value.get("value_type") in ("None", "Dict", "List", "NamedTuple", "Tuple")
+    return _open_all(specs, state_dir)
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,7 +102,7 @@ def read_tokenizer(directory: os.PathLike | str) -> ForeignVocabulary | None:
     Raises:
       UsageError: it is of another type than SentencePiece's Unigram or bytes, or a file is broken.
     """
-    folder = pathlib.Path(directory)
+    folder = epath.Path(directory)
     config = _read_json(folder / "tokenizer_config.json")
     model_config = _read_json(folder / "config.json")
     if _BYTES_CLASS in (config.get("tokenizer_class"), model_config.get("tokenizer_class")):
@@ -116,7 +115,7 @@ def read_tokenizer(directory: os.PathLike | str) -> ForeignVocabulary | None:
         path = folder / name
         if path.is_file():
             extra_ids = _extra_ids(config, NUM_SENTINELS, folder)
-            return _with_tokens(_read_proto(epath.Path(path)), added, extra_ids, str(path))
+            return _with_tokens(_read_proto(path), added, extra_ids, str(path))
     if json_values:
         try:
             proto = tokenizer_json.to_proto(json_values, _special_tokens(special))
@@ -136,7 +135,7 @@ def _bytes(file: str) -> ForeignVocabulary:
     return ForeignVocabulary(None, NUM_BYTE_IDS, 0, file, 0)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
     if not path.is_file():
         return {}
@@ -167,7 +166,7 @@ def _read_proto(path: epath.Path) -> Any:
     return proto
 
 
-def _extra_ids(config: Mapping[str, Any], default: int, folder: pathlib.Path) -> int:
+def _extra_ids(config: Mapping[str, Any], default: int, folder: epath.Path) -> int:
     found = config.get("extra_ids", default)
     if not isinstance(found, int) or isinstance(found, bool) or found < 0:
         raise UsageError(
@@ -178,8 +177,8 @@ def _extra_ids(config: Mapping[str, Any], default: int, folder: pathlib.Path) ->
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """{"pad": "<pad>", "eos": ...}, with T5's names where the files do not say."""
-    tokens = {"pad": "<pad>", "eos": "</s>", "bos": "<s>"}
-    for role in tokens:
+    tokens = {"pad": "<pad>", "eos": "</s>"}
+    for role in ("pad", "eos", "bos"):
         token = config.get(f"{role}_token")
         if isinstance(token, dict):  # an added token with its options
             token = token.get("content")
@@ -189,7 +188,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _added_tokens(
-    folder: pathlib.Path, config: Mapping[str, Any], json_values: Mapping[str, Any]
+    folder: epath.Path, config: Mapping[str, Any], json_values: Mapping[str, Any]
 ) -> dict[int, str]:
     """Tokens by id that were added to the pieces, from wherever the versions keep them."""
     tokens: dict[int, str] = {}
