@@ -116,7 +116,7 @@ def export_checkpoint(
         model_class=model_class,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        tokenizer_files=vocabularies.tokenizer_files(words, model_class, run.model.vocab_size),
+        tokenizer_files=vocabularies.tokenizer_files(words, run.model.vocab_size),
         card=model_card.read_card(run.model_dir, step),
     )
     print(f"step {step} of {model_dir} is in {directory}: {model_class}, {dtype}")

@@ -1,7 +1,6 @@
 """A trained or converted model in Python: `load_model`, for notebooks and scripts."""
 
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -10,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax import Array
 from jax.sharding import Mesh
 
 from t5x_lite import partitioning, saved_run
@@ -182,15 +179,7 @@ class LoadedModel:
           TypeError: `texts` are not strings.
         """
         inputs = self._ids("input", texts, self.input_length)
-        predictor = self._predictor(len(inputs))
-        encoded: dict[int, np.ndarray] = {}
-        for rows in predictor._batches([len(ids) for ids in inputs]):
-            tokens = predictor._padded([inputs[i] for i in rows], self.input_length)
-            placed = predictor._place({"tokens": tokens})["tokens"]
-            found_BxLxD = jax.device_get(_encode(self.config, self.params, placed))
-            for slot, row in enumerate(rows):
-                encoded[row] = found_BxLxD[slot, : len(inputs[row])]
-        return [encoded[i] for i in range(len(inputs))]
+        return self._predictor(len(inputs)).encode(self.params, inputs)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, with the end mark; of any length."""
@@ -252,8 +241,3 @@ def _refuse_foreign(path: epath.Path) -> None:
             f"{os.fspath(path)!r} is a checkpoint of {name}; convert it first: "
             f"python -m t5x_lite convert --from={kind} {os.fspath(path)} --to=MODEL_DIR"
         )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(config: T5Config, params: t5.Params, tokens_BxL: Array) -> Array:
-    return t5.encode(config, params, tokens_BxL).astype(jnp.float32)

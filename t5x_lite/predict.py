@@ -1,4 +1,4 @@
-"""Decodes and scores any number of rows in batches of few shapes."""
+"""Decodes, scores and encodes any number of rows in batches of few shapes."""
 
 import bisect
 import functools
@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """Decodes and scores rows of any number in batches, one compiled program a shape.
+    """Decodes, scores and encodes rows of any number in batches, one compiled program a shape.
 
     Rows are sorted by length, cut into batches of `batch_size` and padded to the next length of a
     short ladder. Results come in the order of the inputs; beyond rounding none depends on the rows
@@ -142,6 +142,29 @@ class Predictor:
             scores[rows] = jax.device_get(found)[: len(rows)]
         return scores
 
+    def encode(self, params: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The encoder's output for each input.
+
+        Args:
+          params: as `t5.init` gives them, placed on the mesh.
+          inputs: int ids of each row, at most `input_length`.
+
+        Returns:
+          float32 [len(ids), d_model] for each.
+
+        Raises:
+          ValueError: an input is too long.
+        """
+        _check_lengths("input", inputs, self.input_length)
+        results: dict[int, np.ndarray] = {}
+        for rows in self._batches([len(ids) for ids in inputs]):
+            batch = {"tokens": self._padded([inputs[i] for i in rows], self.input_length)}
+            found = _encode(self.config, self.mesh, params, self._place(batch))
+            encoded_BxLxD = jax.device_get(found)
+            for slot, row in enumerate(rows):
+                results[row] = encoded_BxLxD[slot, : len(inputs[row])].copy()
+        return [results[i] for i in range(len(inputs))]
+
     def _batches(self, sizes: Sequence[Any]) -> Iterator[list[int]]:
         order = sorted(range(len(sizes)), key=lambda i: sizes[i])
         for start in range(0, len(order), self.batch_size):
@@ -221,3 +244,9 @@ def _score(config: T5Config, mesh: Mesh, params: Any, batch: dict[str, Array]) -
     log_p, _ = losses.token_log_likelihood(hidden, kernel, targets, chunks=chunks)
     scores = jnp.sum(jnp.where(jnp.arange(length) < lengths, log_p, 0), axis=1)
     return jax.lax.with_sharding_constraint(scores, partitioning.replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(config: T5Config, mesh: Mesh, params: Any, batch: dict[str, Array]) -> Array:
+    encoded = t5.encode(config, params, batch["tokens"]).astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(encoded, partitioning.replicated(mesh))

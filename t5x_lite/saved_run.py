@@ -3,33 +3,38 @@
 No task has to be registered and no gin file is read.
 """
 
+import dataclasses
+import functools
 import json
 import logging
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import seqio
+import sentencepiece
 from etils import epath
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from jax.sharding import Mesh
 
 from t5x_lite import best, partitioning
 from t5x_lite.checkpoints import CheckpointError, restore_params
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.integrity import find_damage, is_committed, scan
+from t5x_lite.interop.vocabularies import BYTES, same_vocabulary
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.run_files import MODEL_FILE, VOCABULARY_FILE
-from tasks import vocabularies
+
+if TYPE_CHECKING:
+    import seqio
 
 _WHICH = ("latest", "best", "all")
-_BYTES_WITHOUT_SENTINELS = seqio.ByteVocabulary(extra_ids=0).vocab_size
+_BYTES_WITHOUT_SENTINELS = 259  # and pad, eos and unk
 
 _log = logging.getLogger(__name__)
 
 
-class SavedRun(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
     """A run, finished or still training.
 
     Attributes:
@@ -37,7 +42,8 @@ class SavedRun(NamedTuple):
       model: the architecture.
       task: the task or mixture that it was trained on; None for a converted checkpoint.
       feature_lengths: tokens of each feature, {"inputs": 512, "targets": 114}.
-      vocabulary: of inputs and targets; its sentinels are pieces of the model file itself.
+      num_ids: of its vocabulary.
+      has_bytes: whether that is bytes, and not a SentencePiece model.
       converted_from: the checkpoint of another program that it, or what it was initialised from,
         was made of, as `convert` wrote it; empty if there is none.
     """
@@ -46,8 +52,18 @@ class SavedRun(NamedTuple):
     model: T5Config
     task: str | None
     feature_lengths: dict[str, int]
-    vocabulary: seqio.Vocabulary
+    num_ids: int
+    has_bytes: bool
     converted_from: dict[str, Any]
+
+    @functools.cached_property
+    def vocabulary(self) -> "seqio.Vocabulary":
+        """Of inputs and targets; its sentinels are pieces of the model file itself."""
+        import seqio  # seconds of TensorFlow, which who moves parameters can do without
+
+        if self.has_bytes:
+            return seqio.ByteVocabulary(extra_ids=self.num_ids - _BYTES_WITHOUT_SENTINELS)
+        return seqio.SentencePieceVocabulary(vocabulary_file(self), extra_ids=0)
 
 
 def read(model_dir: epath.PathLike) -> SavedRun:
@@ -76,12 +92,18 @@ def read(model_dir: epath.PathLike) -> SavedRun:
     if family != "t5":
         raise UsageError(f"{path}: architecture {family!r}; known: 't5'")
     model = T5Config.from_dict(architecture)
-    words = _read_vocabulary(model_dir, vocabulary)
-    return SavedRun(model_dir, model, task, lengths, words, origin)
+    _check_vocabulary(model_dir, vocabulary)
+    if vocabulary["size"] > model.vocab_size:
+        raise UsageError(
+            f"{path}: the vocabulary has {vocabulary['size']} ids, the model {model.vocab_size} "
+            "rows of embedding"
+        )
+    has_bytes = vocabulary["class"] == "ByteVocabulary"
+    return SavedRun(model_dir, model, task, lengths, vocabulary["size"], has_bytes, origin)
 
 
-def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqio.Vocabulary:
-    """The vocabulary that `model.json` describes."""
+def _check_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> None:
+    """Raises UsageError unless the vocabulary that `model.json` describes is there."""
     kind, size = description.get("class"), description.get("size")
     if not isinstance(size, int):
         raise UsageError(f"{model_dir / MODEL_FILE}: vocabulary has no size")
@@ -92,7 +114,7 @@ def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqi
                 f"{model_dir / MODEL_FILE}: a vocabulary of bytes has at least "
                 f"{_BYTES_WITHOUT_SENTINELS} ids, not {size}"
             )
-        return seqio.ByteVocabulary(extra_ids=size - _BYTES_WITHOUT_SENTINELS)
+        return
     path = model_dir / VOCABULARY_FILE
     if kind != "SentencePieceVocabulary":
         raise UsageError(
@@ -101,16 +123,15 @@ def _read_vocabulary(model_dir: epath.Path, description: dict[str, Any]) -> seqi
         )
     if not path.is_file():
         raise UsageError(f"{path} is missing: the ids of the run mean nothing without it")
-    vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=0)
+    pieces = sentencepiece.SentencePieceProcessor()
     try:
-        found = vocabulary.vocab_size
-    except (DecodeError, RuntimeError) as e:
+        found = len(pieces) if pieces.LoadFromSerializedProto(path.read_bytes()) else 0
+    except RuntimeError as e:
         raise UsageError(f"{path} is not a SentencePiece model") from e
     if found != size:
         raise UsageError(
             f"{path} has {found} ids, but {MODEL_FILE} says {size}: it is another run's"
         )
-    return vocabulary
 
 
 def checkpoint_steps(run: SavedRun, which: str) -> list[int]:
@@ -201,19 +222,20 @@ def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
 
 def vocabulary_file(run: SavedRun) -> str:
     """What VOCABULARY_FILE is to be for tasks without a vocabulary of their own."""
-    path = run.model_dir / VOCABULARY_FILE
-    return os.fspath(path) if path.exists() else vocabularies.BYTES
+    return BYTES if run.has_bytes else os.fspath(run.model_dir / VOCABULARY_FILE)
 
 
-def check_same_vocabulary(run: SavedRun, provider: seqio.Task | seqio.Mixture) -> None:
+def check_same_vocabulary(run: SavedRun, provider: "seqio.Task | seqio.Mixture") -> None:
     """Raises UsageError for a task whose ids mean something else than the run's."""
-    from t5x_lite import data  # with all tasks; reading a run does without
+    import seqio
+
+    from t5x_lite import data
 
     for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
         own = data.target_vocabulary(task)
         if own.vocab_size == run.vocabulary.vocab_size:
             content = data.vocabulary_content(task)
-            if content == getattr(run.vocabulary, "sp_model", None):
+            if same_vocabulary(content, getattr(run.vocabulary, "sp_model", None)):
                 continue
         raise UsageError(
             f"{task.name} has a vocabulary of its own, which is not that of the run "

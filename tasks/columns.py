@@ -35,6 +35,9 @@ class Field:
     kind: str
     is_list: bool
 
+    def __str__(self) -> str:
+        return f"list of {self.kind}" if self.is_list else self.kind
+
 
 def select(names: Sequence[str], columns: Sequence[str] | None, where: str) -> list[str]:
     """The names of the columns to read: `columns` in their order, or all of them.
@@ -157,7 +160,7 @@ def _add_integers(feature: tf.train.Feature, values: Sequence[int]) -> None:
 
 
 def _add_floats(feature: tf.train.Feature, values: Sequence[float]) -> None:
-    struct.pack(f"{len(values)}f", *values)  # raises where protobuf would make it infinite
+    struct.pack(f"<{len(values)}f", *values)  # raises where protobuf would make it infinite
     feature.float_list.value.extend(values)
 
 

@@ -112,12 +112,20 @@ class ShardSource(seqio.DataSource):
         return self.read(files, split, shuffle)
 
 
-def interleave(files: tf.data.Dataset) -> tf.data.Dataset:
-    """Paths of shards (string []) -> their records (string []), of 16 shards at a time."""
+def interleave(
+    files: tf.data.Dataset, num_files: int = 16, block_length: int = 16
+) -> tf.data.Dataset:
+    """Paths of shards (string []) -> their records (string []).
+
+    Args:
+      files: the paths.
+      num_files: that are read at a time.
+      block_length: records in a row from one of them.
+    """
     return files.interleave(
         tf.data.TFRecordDataset,
-        cycle_length=16,
-        block_length=16,
+        cycle_length=num_files,
+        block_length=block_length,
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 64 << 20  # of examples that are shuffled in memory and then make a shard
 _BATCH_ROWS = 500
+_NUM_PLACES = 64  # of a shuffled table that are read at a time
 _FORMAT_VERSION = 1  # to be raised with any change to what a shard holds
 _EXTRA = ("datasets", "pandas", "pyarrow")
 
@@ -38,7 +39,7 @@ class TableSource(shards.ShardSource):
     A value is a scalar or, of a column of lists, [n]: strings and bytes are `tf.string`, integers
     int64, floats float32, bools bool. Categories are the strings (or numbers) they stand for;
     a `ClassLabel` of `datasets` is its integer. With `shuffle`, rows come in random order however
-    the table is sorted (within 64 MB, of 16 places at a time in larger ones); without, in the
+    the table is sorted (one of over 4 GB: from 64 places at a time); without, in the
     table's.
     """
 
@@ -67,7 +68,10 @@ class TableSource(shards.ShardSource):
         return shards.Split(tuple(converted.shards), converted.num_rows)
 
     def read(self, files: tf.data.Dataset, split: str, shuffle: bool) -> tf.data.Dataset:
-        records = shards.interleave(files) if shuffle else files.flat_map(columns.in_order)
+        if shuffle:
+            records = shards.interleave(files, _NUM_PLACES, block_length=1)
+        else:
+            records = files.flat_map(columns.in_order)
         return columns.parse(records, self._convert(split).fields)
 
     def _convert(self, split: str) -> "_Converted":
@@ -127,10 +131,10 @@ def _check_same(
     elsewhere: str,
 ) -> None:
     for name in {**fields, **others}:
-        kinds = [str(f[name]) if name in f else "no such column" for f in (fields, others)]
-        if kinds[0] != kinds[1]:
+        one, other = fields.get(name, "nothing"), others.get(name, "nothing")
+        if one != other:
             raise UsageError(
-                f"column {name!r} differs: {kinds[0]} in {where}, {kinds[1]} in {elsewhere}"
+                f"column {name!r} differs: {one} in {where} and {other} in {elsewhere}"
             )
 
 

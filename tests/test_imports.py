@@ -19,7 +19,16 @@ SEQIO_ROOMS = {
     *("task_evaluation", "evaluate_run", "saved_run"),
 }
 EDGE = SEQIO_ROOMS | {
-    *("__main__", "verbs", "gin_utils", "wrap_up", "baselines", "infer", "infer_task", "convert"),
+    *(
+        "__main__",
+        "verbs",
+        "gin_utils",
+        "wrap_up",
+        "baselines",
+        "infer",
+        "infer_task",
+        "loaded_model",
+    ),
 }
 # Leaves that any room may use: they import nothing of t5x_lite themselves.
 LEAVES = {"errors", "files"}

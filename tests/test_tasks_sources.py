@@ -1,4 +1,4 @@
-"""Which TFDS data set a task reads, and what is said when it is not there."""
+"""Records, and which TFDS data set a task reads, and what is said when it is not there."""
 
 import json
 import shlex
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import seqio
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import tasks  # noqa: F401  registers them
@@ -93,6 +94,24 @@ def test_another_version_is_read(shared_data, tmp_path):
     assert source.is_prepared()
     assert source.num_input_examples("validation") == 1043
     assert len(list(source.get_dataset("validation", shuffle=False))) == 1043
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+def test_records_of_any_number_even_none():
+    records = {"train": [{"b": f"ü {i}", "a": str(i)} for i in range(10)], "empty": []}
+    source = sources.RecordsSource(records, records.get, ["a", "b"])
+    for split, expected in records.items():
+        dataset = source.get_dataset(split, shuffle=False)
+        assert dataset.element_spec == {name: tf.TensorSpec([], tf.string) for name in "ab"}
+        found = [{k: v.decode() for k, v in row.items()} for row in dataset.as_numpy_iterator()]
+        assert found == expected
+        assert source.num_input_examples(split) == len(expected)
+    hosts = [seqio.ShardInfo(i, 4) for i in range(4)]
+    shares = [len(list(source.get_dataset("train", shard_info=host))) for host in hosts]
+    assert shares == [3, 3, 2, 2]
+    assert not list(source.get_dataset("empty", shard_info=hosts[3]))
 
 
 # ---- what is missing -----------------------------------------------------------------------------

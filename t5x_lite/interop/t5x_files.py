@@ -9,7 +9,6 @@ import ast
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -126,14 +125,12 @@ def _open_legacy(directory: epath.Path) -> dict[str, StoredArray]:
             place = directory / ".".join(names)
             if not (place / ".zarray").exists():
                 raise UsageError(f"{path} names {place.name}, but {place} is not a zarr directory")
-            elsewhere[name] = _spec("zarr", place)
+            # T5X leaves out pieces that are zero throughout; no parameter's is.
+            is_whole = names[0] == "target"
+            elsewhere[name] = _spec("zarr", _kvstore(place), is_whole)
         elif leaf is not None:
             arrays[name] = _in_memory(name, np.asarray(leaf))
-    arrays |= _open_all(elsewhere, directory)
-    for name in elsewhere:
-        if name.startswith("target/"):
-            _check_chunks(arrays[name], directory / name.replace("/", "."))
-    return arrays
+    return arrays | _open_all(elsewhere, directory)
 
 
 def _open_orbax(state_dir: epath.Path) -> dict[str, StoredArray]:
@@ -141,10 +138,11 @@ def _open_orbax(state_dir: epath.Path) -> dict[str, StoredArray]:
     try:
         metadata = json.loads(path.read_text())
         entries = {
-            ast.literal_eval(key): entry["value_metadata"]["value_type"]
+            tuple(map(str, ast.literal_eval(key))): entry["value_metadata"]["value_type"]
             for key, entry in metadata["tree_metadata"].items()
         }
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        is_whole = bool(metadata.get("store_array_data_equal_to_fill_value"))
     except (ValueError, SyntaxError, KeyError, AttributeError, TypeError) as e:
         raise UsageError(f"{path}: truncated or not Orbax's metadata ({_first_line(e)})") from e
     if not any(key[0] == "target" for key in entries):
@@ -152,15 +150,13 @@ def _open_orbax(state_dir: epath.Path) -> dict[str, StoredArray]:
     is_database = (state_dir / "manifest.ocdbt").exists()
     specs = {}
     for key, value_type in entries.items():
-        place = ".".join(key)
         if value_type in _EMPTY_NODES:
             continue
+        place = ".".join(key)
+        kvstore = _kvstore(state_dir / place)
         if is_database:
-            base = _kvstore(state_dir)
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"{place}/"}
-            specs["/".join(key)] = {"driver": driver, "kvstore": kvstore}
-        else:
-            specs["/".join(key)] = _spec(driver, state_dir / place)
+            kvstore = {"driver": "ocdbt", "base": _kvstore(state_dir), "path": f"{place}/"}
+        specs["/".join(key)] = _spec(driver, kvstore, is_whole)
     return _open_all(specs, state_dir)
 
 
@@ -184,8 +180,9 @@ def _kvstore(directory: epath.Path) -> Any:
     return f"{os.fspath(directory)}/"  # "gs://bucket/path/": TensorStore knows these itself
 
 
-def _spec(driver: str, directory: epath.Path) -> dict[str, Any]:
-    return {"driver": driver, "kvstore": _kvstore(directory)}
+def _spec(driver: str, kvstore: Any, is_whole: bool) -> dict[str, Any]:
+    """`is_whole`: what is missing is an error, where it would count as zeros otherwise."""
+    return {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": not is_whole}
 
 
 def _open_all(specs: Mapping[str, Any], where: epath.Path) -> dict[str, StoredArray]:
@@ -215,15 +212,6 @@ def _readable(name: str, where: epath.Path) -> Iterator[None]:
     except ValueError as e:  # TensorStore raises it for whatever is wrong with a file
         array = name.replace("/", ".")
         raise UsageError(f"{where}: {array} is missing or damaged ({_first_line(e)})") from e
-
-
-def _check_chunks(array: StoredArray, directory: epath.Path) -> None:
-    """Raises UsageError if pieces are missing, which zarr would take for zeros."""
-    chunks = json.loads((directory / ".zarray").read_text())["chunks"]
-    expected = math.prod(-(-n // c) for n, c in zip(array.shape, chunks, strict=True))
-    found = sum(not child.name.startswith(".") for child in directory.iterdir())
-    if found < expected:
-        raise UsageError(f"{directory}: {found} of {expected} pieces of the array are there")
 
 
 def as_float32(part: np.ndarray) -> np.ndarray:

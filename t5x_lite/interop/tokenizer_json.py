@@ -166,11 +166,14 @@ def _unknown(part: str, step: Mapping[str, Any]) -> UsageError:
 
 
 def from_proto(proto: Any) -> dict[str, Any]:
-    """The tokenizer.json whose ids are SentencePiece's for every text, with the end mark.
+    """The tokenizer.json that gives SentencePiece's ids, with the end mark.
 
-    Except where a special token is spelled out in the text, "</s>" or a sentinel in the middle of a
-    word: the tokenizers library takes them out first, SentencePiece reads the former as text and
-    finds sentinels at the start of words only.
+    The ids differ, as the libraries do, in text that spells out a special token ("</s>", or a
+    sentinel inside a word: SentencePiece reads the former as text and finds sentinels at the start
+    of words only) or, with byte fallback, a byte ("<0x0A>"); that has accents stacked up on a
+    letter, or "▁" itself; and in runs as of "-------", whose divisions have all the same score. A
+    vocabulary with another treatment of spaces than SentencePiece's default also differs where a
+    text begins with a space.
     """
     eos = proto.trainer_spec.eos_piece
     pieces = [(token_text(p.piece), p) for p in proto.pieces]

@@ -213,10 +213,16 @@ def _with_tokens(
     num_in_file = len(proto.pieces)
     tokens = {i: token for i, token in added.items() if i >= num_in_file}
     known = itertools.chain((p.piece for p in proto.pieces), tokens.values())
-    num_added = 0
     if not any(map(tokenizer_json.SENTINEL.fullmatch, known)):
-        num_added = extra_ids
-        tokens |= {num_in_file + extra_ids - 1 - i: f"<extra_id_{i}>" for i in range(extra_ids)}
+        last = num_in_file + extra_ids - 1
+        sentinels = {last - i: f"<extra_id_{i}>" for i in range(extra_ids)}
+        if clash := tokens.keys() & sentinels.keys():
+            raise UsageError(
+                f"{file}: the added token {tokens[min(clash)]!r} has id {min(clash)}, where "
+                f"{extra_ids} sentinels follow the pieces; extra_ids in tokenizer_config.json says "
+                "how many there are"
+            )
+        tokens |= sentinels
     for i in sorted(tokens):
         if i != len(proto.pieces):
             raise UsageError(
@@ -224,7 +230,6 @@ def _with_tokens(
                 f"{len(proto.pieces) - 1}"
             )
         sentinel = tokenizer_json.SENTINEL.fullmatch(tokens[i])
-        num_added += bool(sentinel) and not num_added
         # As seqio writes them: a sentinel stands at the start of a word.
         piece = f"▁<extra_id_{int(sentinel[1])}>" if sentinel else tokens[i]
         proto.pieces.add(piece=piece, score=0.0, type=_ModelProto.SentencePiece.USER_DEFINED)
@@ -315,7 +320,7 @@ def _meaning(proto: Any) -> tuple[Any, ...]:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def tokenizer_files(model: bytes | None, model_class: str, rows: int) -> dict[str, bytes]:
+def tokenizer_files(model: bytes | None, rows: int) -> dict[str, bytes]:
     """The files, by name, from which `AutoTokenizer` gives our ids with the end mark.
 
     The tokenizer is of the class that follows `tokenizer.json` to the letter: transformers' own
@@ -324,7 +329,6 @@ def tokenizer_files(model: bytes | None, model_class: str, rows: int) -> dict[st
 
     Args:
       model: `vocabulary.model` of a MODEL_DIR; None for bytes.
-      model_class: unused
       rows: of the model's embedding.
 
     Raises:
