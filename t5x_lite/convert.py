@@ -20,6 +20,7 @@ from etils import epath
 
 from t5x_lite import checkpoints, files, run_files, saved_run
 from t5x_lite.errors import Failure, UsageError
+from t5x_lite.integrity import list_files
 from t5x_lite.interop import hf_read, hf_write, model_card, step_io, t5x_read, vocabularies
 from t5x_lite.interop.tensors import Source, Tensor
 from t5x_lite.models import t5
@@ -227,9 +228,8 @@ def _appearing(directory: str) -> Iterator[epath.Path]:
 
 def _upload(staging: epath.Path, target: epath.Path) -> None:
     """Copies to an object store; `model.json`, without which it is no run, last."""
-    names = [path.relative_to(staging) for path in staging.rglob("*") if not path.is_dir()]
     try:
-        for name in sorted(names, key=lambda name: str(name) == run_files.MODEL_FILE):
+        for name in sorted(list_files(staging), key=run_files.MODEL_FILE.__eq__):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).copy(target / name)
     except BaseException:

@@ -64,7 +64,7 @@ def set_aside(path: epath.Path) -> epath.Path:
     if is_local(path):
         os.rename(path, aside)
         return aside
-    for name in _list_files(path):
+    for name in list_files(path):
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).copy(aside / name)
     path.rmtree()
@@ -94,7 +94,7 @@ def is_committed(step_dir: epath.Path) -> bool:
 
 def write_digests(directory: epath.Path) -> None:
     """Writes SHA256SUMS for every file under `directory`, in one atomic step."""
-    names = sorted(_list_files(directory))
+    names = sorted(list_files(directory))
     digests = _in_parallel(lambda name: _sha256(directory / name), names)
     lines = "".join(f"{digest}  {name}\n" for name, digest in zip(names, digests, strict=True))
     body = lines.encode() + _LAST_LINE
@@ -139,12 +139,12 @@ def find_damage(directory: epath.Path, part: str = "") -> str | None:
     return problems[0] + more if problems else None
 
 
-def _list_files(directory: epath.Path, prefix: str = "") -> list[str]:
+def list_files(directory: epath.Path, prefix: str = "") -> list[str]:
     """The paths of all files under `directory`, relative to it, in no particular order."""
     names: list[str] = []
     for path in directory.iterdir():
         name = prefix + path.name
-        names += _list_files(path, name + "/") if path.is_dir() else [name]
+        names += list_files(path, name + "/") if path.is_dir() else [name]
     return names
 
 

@@ -235,7 +235,7 @@ def text_token_mask(vocabulary: seqio.Vocabulary) -> np.ndarray:
 def decode_with_sentinels(vocabulary: seqio.Vocabulary, ids: Iterable[int]) -> str:
     """Text with ` <extra_id_N> ` where sentinels stand (which bytes would else leave out).
 
-    Padding is dropped; an eos ends the text. Of bytes, only what no text has is a sentinel.
+    Padding is dropped, and ids that the vocabulary does not have; an eos ends the text. Of bytes, only what no text has is a sentinel.
     """
     first_sentinel = _first_id_of_no_text(vocabulary)
     parts: list[str] = []
@@ -249,6 +249,8 @@ def decode_with_sentinels(vocabulary: seqio.Vocabulary, ids: Iterable[int]) -> s
     for i in map(int, ids):
         if i == vocabulary.eos_id:
             break
+        if i >= vocabulary.vocab_size:  # a row of the embedding that only pads it
+            continue
         if i >= first_sentinel:
             flush()
             parts.append(f"<extra_id_{vocabulary.vocab_size - 1 - i}>")

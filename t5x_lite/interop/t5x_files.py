@@ -44,14 +44,14 @@ class StoredArray:
       name: T5X's, "target/encoder/layers_0/mlp/wo/kernel".
       shape: as it is stored.
       dtype: "float32", "bfloat16", ...
-      chunk_rows: rows of the leading axis that lie in one piece of storage.
+      chunk: shape of the pieces in which it is stored.
       read: slices, one for each axis, -> that part, in the stored dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    chunk_rows: int
+    chunk: tuple[int, ...]
     read: Callable[..., np.ndarray]
 
 
@@ -170,8 +170,8 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _in_memory(name: str, array: np.ndarray) -> StoredArray:
-    rows = array.shape[0] if array.shape else 1
-    return StoredArray(name, array.shape, str(array.dtype), rows, lambda *where: array[where])
+    shape = array.shape
+    return StoredArray(name, shape, str(array.dtype), shape, lambda *where: array[where])
 
 
 def _kvstore(directory: epath.Path) -> Any:
@@ -201,8 +201,10 @@ def _on_disk(name: str, store: ts.TensorStore, where: epath.Path) -> StoredArray
         with _readable(name, where):
             return store[part].read().result()
 
-    chunk_rows = (store.chunk_layout.read_chunk.shape or (None,))[0] or 1
-    return StoredArray(name, tuple(store.shape), store.dtype.name, chunk_rows, read)
+    shape = tuple(store.shape)
+    chunk = store.chunk_layout.read_chunk.shape or ()
+    chunk = tuple(size or n for size, n in zip(chunk, shape, strict=True))
+    return StoredArray(name, shape, store.dtype.name, chunk, read)
 
 
 @contextlib.contextmanager

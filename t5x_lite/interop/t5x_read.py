@@ -1,5 +1,6 @@
 """Reads T5X checkpoints: parameters, step, and Adafactor's state."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -137,17 +138,21 @@ def _layers_apart(stored: list[StoredArray], shape: Shape) -> Tensor:
 
 def _stacked(stored: StoredArray, shape: Shape, layers_axis: int) -> Tensor:
     """All layers in one array, on axis 0 or 1; it may keep apart the axes that we have as one."""
+    sizes, chunk = list(stored.shape), list(stored.chunk)
+    del sizes[layers_axis], chunk[layers_axis]
+    # Piece by piece, so that no more than one of them is there beside the result.
+    pieces = [
+        [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        for size, step in zip(sizes, chunk, strict=True)
+    ]
 
     def read(start: int, stop: int) -> np.ndarray:
-        layers, out_shape = slice(start, stop), (stop - start, *shape[1:])
-        if layers_axis == 0:
-            return as_float32(stored.read(layers)).reshape(out_shape)
-        num_rows = stored.shape[0]
-        out = np.empty((stop - start, num_rows, *stored.shape[2:]), np.float32)
-        for row in range(0, num_rows, stored.chunk_rows):  # no more than that is there twice
-            block = slice(row, min(row + stored.chunk_rows, num_rows))
-            out[:, block] = np.moveaxis(stored.read(block, layers), 1, 0)
-        return out.reshape(out_shape)
+        out = np.empty((stop - start, *sizes), np.float32)
+        layers = slice(start, stop)
+        for piece in itertools.product(*pieces):
+            part = stored.read(*piece[:layers_axis], layers, *piece[layers_axis:])
+            out[:, *piece] = np.moveaxis(part, layers_axis, 0)
+        return out.reshape(stop - start, *shape[1:])
 
     return Tensor(shape, read)
 
