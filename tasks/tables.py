@@ -39,8 +39,7 @@ class TableSource(shards.ShardSource):
     A value is a scalar or, of a column of lists, [n]: strings and bytes are `tf.string`, integers
     int64, floats float32, bools bool. Categories are the strings (or numbers) they stand for;
     a `ClassLabel` of `datasets` is its integer. With `shuffle`, rows come in random order however
-    the table is sorted (one of over 4 GB: from 64 places at a time); without, in the
-    table's.
+    the table is sorted (one of over 4 GB: from 64 places at a time); without, in the table's.
     """
 
     def __init__(self, splits: Mapping[str, Any], columns: Sequence[str] | None = None) -> None:

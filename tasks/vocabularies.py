@@ -235,7 +235,8 @@ def text_token_mask(vocabulary: seqio.Vocabulary) -> np.ndarray:
 def decode_with_sentinels(vocabulary: seqio.Vocabulary, ids: Iterable[int]) -> str:
     """Text with ` <extra_id_N> ` where sentinels stand (which bytes would else leave out).
 
-    Padding is dropped, and ids that the vocabulary does not have; an eos ends the text. Of bytes, only what no text has is a sentinel.
+    Padding is dropped, and so are ids that the vocabulary does not have; an eos ends the text. Of
+    bytes, only what no text has is a sentinel.
     """
     first_sentinel = _first_id_of_no_text(vocabulary)
     parts: list[str] = []

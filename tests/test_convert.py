@@ -135,6 +135,22 @@ def test_logits_of_t5x(convert, shared_data, name):
     np.testing.assert_allclose(logits[valid], golden["logits"][valid], rtol=0, atol=1e-5)
 
 
+def test_padded_decoder_positions_are_not_t5xs(convert, shared_data):
+    """T5X masks by the targets, and there attends evenly to everything; ours are causal."""
+    run, params = load(convert("t5x_legacy_unscanned_v11"))
+    golden = np.load(shared_data / "checkpoints/t5x/t5x_legacy_unscanned_v11/golden.npz")
+    batch, valid = t5x_batch(golden), golden["valid"]
+    (padded_row,) = np.flatnonzero(~valid.all(axis=1))
+    width = valid[padded_row].sum()
+    logits = APPLY(run.model, params, batch)[padded_row]
+    assert np.abs(logits - golden["logits"][padded_row])[width:].max() > 1e-2
+    # Causal: a decoder that ends after any padded position gives the same there.
+    for end in range(width + 1, valid.shape[1]):
+        cut = batch | {"decoder_input_tokens": batch["decoder_input_tokens"][:, :end]}
+        shorter = APPLY(run.model, params, cut)[padded_row]
+        np.testing.assert_allclose(shorter[end - 1], logits[end - 1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", HF)
 def test_generation_of_hugging_face(convert, shared_data, name):
     run, params = load(convert(name))
@@ -201,6 +217,16 @@ def test_round_trip_is_bit_identical(convert, export, shared_data, name, flags):
     model_type = json.loads((out / "config.json").read_text())["model_type"]
     assert model_type == {"mt5": "mt5", "umt5": "umt5"}.get(name, "t5")
     assert len(list(out.glob("*.safetensors"))) == 1 or flags
+
+
+def test_an_unscaled_umt5_goes_out_with_the_factor_in_its_matrix(convert, export, shared_data):
+    """transformers 5 takes d_model^-0.5 of every UMT5's output, whatever config.json says."""
+    found = tensors(export(convert("umt5", "config_released_style.json")))
+    expected = tensors(shared_data / "checkpoints/hf/umt5")
+    matrix = expected.pop("lm_head.weight").astype(np.float64) * 36**0.5
+    np.testing.assert_array_equal(found.pop("lm_head.weight"), matrix.astype(np.float32))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", T5X)

@@ -1,10 +1,9 @@
-"""T5X checkpoints: every tensor where it belongs, whatever the layout; errors of one line."""
+"""T5X checkpoints: every tensor where it belongs, whatever the layout; what tensors do not say."""
 
 import json
 import re
 import shutil
 
-import flax.serialization
 import flax.traverse_util
 import jax
 import ml_dtypes
@@ -12,9 +11,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import references
-import tensorstore
+from t5x_checkpoints import (
+    STATISTICS,
+    by_name,
+    ours_of,
+    read_all,
+    statistics_of,
+    whole,
+    write_legacy,
+    write_zarr,
+)
 
-from t5x_lite.errors import UsageError
 from t5x_lite.interop.t5x_read import open_t5x
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models import t5
@@ -27,60 +34,11 @@ FIXTURES = (
     "t5x_legacy_scanned_v11",
     "t5x_orbax_scanned_v11",
 )
-STATISTICS = "state/param_states"
 
 
 @pytest.fixture
 def fixtures(shared_data):
     return shared_data / "checkpoints" / "t5x"
-
-
-def by_name(tree, is_leaf=None) -> dict:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def statistics_of(source) -> dict[str, Tensor]:
-    """Adafactor's: {"v_row/encoder/layers/mlp/wo/kernel": tensor} and "count"."""
-    return by_name(source.optimizer.state, is_leaf=lambda x: isinstance(x, Tensor))
-
-
-def whole(tensor):
-    array = tensor.read(0, tensor.shape[0] if tensor.shape else 1)
-    assert array.shape == tensor.shape
-    assert array.dtype == tensor.dtype
-    assert array.flags.c_contiguous
-    return array
-
-
-def ours_of(name):
-    """Our path of one of T5X's parameters, and the layer if its name says one."""
-    if match := re.fullmatch(r"(encoder|decoder)/layers_(\d+)/(.*)", name):
-        return f"{match[1]}/layers/{match[3]}", int(match[2])
-    return re.sub(r"^(encoder|decoder)/\1/", r"\1/layers/", name), None
-
-
-def read_all(directory) -> dict:
-    """{"target/...": array, "state/...": array} of a legacy checkpoint, read by the test itself."""
-    index = flax.serialization.msgpack_restore((directory / "checkpoint").read_bytes())
-    flat = flax.traverse_util.flatten_dict(
-        index["optimizer"], is_leaf=lambda _, x: "driver" in x, sep="/"
-    )
-    return {
-        name: references.read_zarr(directory / name.replace("/", "."))
-        if isinstance(leaf, dict)
-        else np.asarray(leaf)
-        for name, leaf in flat.items()
-    }
-
-
-def write_legacy(directory, arrays):
-    """A legacy checkpoint with every array in its index, as T5X does with small ones."""
-    directory.mkdir(parents=True)
-    tree = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
-    index = {"version": 3, "optimizer": tree}
-    (directory / "checkpoint").write_bytes(flax.serialization.to_bytes(index))
-    return directory
 
 
 # ---- every tensor --------------------------------------------------------------------------------
@@ -262,17 +220,6 @@ def test_reading_rows_touches_nothing_else(fixtures, tmp_path):
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-def write_zarr(place, array, chunks=None):
-    shutil.rmtree(place, ignore_errors=True)
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(place)},
-        "metadata": {"chunks": list(chunks or array.shape)},
-    }
-    store = tensorstore.open(spec, create=True, dtype=array.dtype.name, shape=array.shape).result()
-    store.write(array).result()
-
-
 def test_newest_step_by_number(fixtures, tmp_path):
     step_dir = fixtures / "t5x_legacy_unscanned_v10" / "checkpoint_5"
     shutil.copytree(step_dir, tmp_path / "checkpoint_5")
@@ -371,214 +318,3 @@ def test_operative_configuration_tells_activation_and_dropout(fixtures, tmp_path
     assert model.mlp_activations == ("silu", "linear")
     assert model.dropout_rate == 0.1
     assert model.d_model == 40
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("T5Config.num_heads = 6", r"config.gin says T5Config.num_heads = 6, .* it is 4$"),
-        ("T5Config.logits_via_embedding = True", r"logits_via_embedding = True, .* it is False$"),
-        ("T5Config.mlp_activations = ('geglu', 'linear')", "'geglu' is unknown; .*'gelu'"),
-        ("T5Config.mlp_activations = ('relu',)", r"\('relu',\), but the tensors are those of 2$"),
-    ],
-)
-def test_operative_configuration_that_disagrees(fixtures, tmp_path, line, message):
-    source_dir = fixtures / "t5x_orbax_unscanned_v11" / "checkpoint_5"
-    shutil.copytree(source_dir, tmp_path / "checkpoint_5")
-    (tmp_path / "config.gin").write_text(f"network.{line}\n")
-    refused(tmp_path, message)
-
-
-# ---- optimizers that do not map ------------------------------------------------------------------
-
-
-def change_momentum(arrays):
-    name = f"{STATISTICS}/decoder/layers_0/mlp/wi_0/kernel/m"
-    arrays[name] = np.ones((40, 88), np.float32)
-
-
-def change_to_adam(arrays):
-    for name in [n for n in arrays if n.startswith(STATISTICS)]:
-        del arrays[name]
-    arrays[f"{STATISTICS}/0/mu/token_embedder/embedding"] = np.ones((384, 40), np.float32)
-
-
-def change_rule(arrays):
-    name = f"{STATISTICS}/decoder/layers_0/mlp/wi_0/kernel"
-    arrays[f"{name}/v"] = np.zeros(1, np.float32)
-    arrays[f"{name}/v_row"] = np.ones(40, np.float32)
-    arrays[f"{name}/v_col"] = np.ones(96, np.float32)
-
-
-def change_to_half(arrays):
-    name = f"{STATISTICS}/token_embedder/embedding/v"
-    arrays[name] = arrays[name].astype(np.float16)
-
-
-def drop_optimizer(arrays):
-    for name in [n for n in arrays if n.startswith("state/")]:
-        del arrays[name]
-
-
-@pytest.mark.parametrize(
-    ("change", "step", "reason"),
-    [
-        (change_momentum, 5, r"wi_0/kernel/m has the shape \[40, 88\]: momentum"),
-        (change_to_adam, 5, "has 0/mu/token_embedder/embedding: not T5X's Adafactor"),
-        (change_rule, 5, r"has the shape \[40\]: factored by another rule"),
-        (change_to_half, 5, "token_embedder/embedding/v is float16"),
-        (drop_optimizer, 0, "the checkpoint has no state/param_states"),
-    ],
-)
-def test_optimizer_without_a_counterpart(fixtures, tmp_path, change, step, reason):
-    """The parameters are converted all the same, and the origin says what was left."""
-    arrays = read_all(fixtures / "t5x_legacy_unscanned_v10" / "checkpoint_5")
-    if change in (change_momentum, change_rule):  # these name a gated layer
-        arrays = {name.replace("/wi/", "/wi_0/"): x for name, x in arrays.items()}
-        for name in [n for n in arrays if "/wi_0/" in n]:
-            arrays[name.replace("/wi_0/", "/wi_1/")] = arrays[name]
-    change(arrays)
-    source = open_t5x(write_legacy(tmp_path / "checkpoint_5", arrays))
-    assert source.optimizer is None
-    assert re.search(reason, source.origin["optimizer"])
-    assert source.step == step
-    assert whole(source.params["token_embedder/embedding"]).shape == (384, 40)
-
-
-# ---- bad input -----------------------------------------------------------------------------------
-
-
-def refused(path, message):
-    """`open_t5x` says in one line what is wrong and where."""
-    with pytest.raises(UsageError, match=message) as caught:
-        open_t5x(path)
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
-def test_no_checkpoint(tmp_path):
-    refused(tmp_path / "nowhere", "no such directory")
-    refused(tmp_path, "no T5X checkpoint here; looked for a file 'checkpoint' .* '_METADATA'")
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 10_000])
-def test_truncated_index(fixtures, tmp_path, size):
-    data = (fixtures / "t5x_legacy_unscanned_v11" / "checkpoint_5" / "checkpoint").read_bytes()
-    (tmp_path / "checkpoint").write_bytes(data[:size])
-    refused(tmp_path, "truncated or not the msgpack index")
-
-
-def test_index_of_another_program(tmp_path):
-    """TensorFlow has a text file of this name, and flax its own msgpack."""
-    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-10"\n')
-    refused(tmp_path, "not the msgpack index")
-    (tmp_path / "checkpoint").write_bytes(flax.serialization.to_bytes({"params": {"w": 1}}))
-    refused(tmp_path, "no 'optimizer' with a 'target'")
-
-
-def test_truncated_metadata(fixtures, tmp_path):
-    directory = tmp_path / "checkpoint_5"
-    shutil.copytree(fixtures / "t5x_orbax_unscanned_v11" / "checkpoint_5", directory)
-    metadata = directory / "state" / "_METADATA"
-    metadata.write_text(metadata.read_text()[:1000])
-    refused(directory, "truncated or not Orbax's metadata")
-
-
-def test_orbax_checkpoint_of_another_program(tmp_path):
-    handler = ocp.PyTreeCheckpointHandler()
-    ocp.Checkpointer(handler).save(tmp_path / "state", {"params": {"w": np.ones(3)}})
-    refused(tmp_path, "not the state of a T5X checkpoint: it has no 'target'")
-
-
-def test_missing_array(fixtures, tmp_path):
-    directory = tmp_path / "checkpoint_5"
-    shutil.copytree(fixtures / "t5x_legacy_scanned_v11" / "checkpoint_5", directory)
-    shutil.rmtree(directory / "target.encoder.encoder.mlp.wo.kernel")
-    refused(directory, r"checkpoint names target.encoder.encoder.mlp.wo.kernel, but .* is not")
-
-
-def test_damaged_database(fixtures, tmp_path):
-    directory = tmp_path / "checkpoint_5"
-    shutil.copytree(fixtures / "t5x_orbax_unscanned_v11" / "checkpoint_5", directory)
-    (directory / "state" / "manifest.ocdbt").write_bytes(b"no manifest")
-    refused(directory, "is missing or damaged")
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_damaged_piece_of_a_parameter(fixtures, tmp_path, damage):
-    """A missing piece would be zeros to zarr."""
-    directory = tmp_path / "checkpoint_5"
-    shutil.copytree(fixtures / "t5x_legacy_scanned_v11" / "checkpoint_5", directory)
-    piece = directory / "target.encoder.encoder.mlp.wo.kernel" / "0.0.0"
-    if damage == "missing":
-        piece.unlink()
-    else:
-        piece.write_bytes(piece.read_bytes()[:100])
-    tensor = open_t5x(directory).params["encoder/layers/mlp/wo/kernel"]
-    message = "target.encoder.encoder.mlp.wo.kernel is missing or damaged"
-    with pytest.raises(UsageError, match=message) as caught:
-        tensor.read(0, 1)
-    assert "\n" not in str(caught.value)
-
-
-def rename_to_decoder_only(arrays):
-    for name in [n for n in arrays if n.startswith(("target/encoder", "state/"))]:
-        del arrays[name]
-
-
-def add_adapter(arrays):
-    arrays["target/encoder/layers_0/adapter/kernel"] = np.ones((40, 8), np.float32)
-
-
-def drop_norm(arrays):
-    del arrays["target/decoder/layers_1/pre_mlp_layer_norm/scale"]
-
-
-def narrow_kernel(arrays):
-    arrays["target/decoder/layers_1/mlp/wo/kernel"] = np.ones((96, 39), np.float32)
-
-
-def odd_heads(arrays):
-    for stack in ("encoder", "decoder"):
-        arrays[f"target/{stack}/relpos_bias/rel_embedding"] = np.ones((5, 32), np.float32)
-
-
-def half_precision(arrays):
-    name = "target/token_embedder/embedding"
-    arrays[name] = arrays[name].astype(np.float16)
-
-
-def odd_step(arrays):
-    arrays["state/step"] = np.float32(np.nan)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            rename_to_decoder_only,
-            r"not a T5 .*: there is no encoder/layers_0/pre_mlp_layer_norm/scale; .* [0-9]+ more$",
-        ),
-        (add_adapter, "not a T5 that is known here: it has encoder/layers_0/adapter/kernel$"),
-        (drop_norm, "the checkpoint has no decoder/layers_1/pre_mlp_layer_norm/scale$"),
-        (
-            narrow_kernel,
-            r"decoder/layers_1/mlp/wo/kernel has the shape \[96, 39\], .* it is \[96, 40\]$",
-        ),
-        (odd_heads, r"query/kernel \[40, 42\] does not divide among the 5 heads"),
-        (half_precision, "token_embedder/embedding is float16; only float32 and bfloat16"),
-        (odd_step, "state/step is .*nan.*; it must be an integer"),
-    ],
-)
-def test_tensors_of_no_t5(fixtures, tmp_path, change, message):
-    arrays = read_all(fixtures / "t5x_legacy_unscanned_v10" / "checkpoint_5")
-    change(arrays)
-    refused(write_legacy(tmp_path / "checkpoint_5", arrays), message)
-
-
-def test_shapes_of_scanned_layers_that_disagree(fixtures, tmp_path):
-    arrays = read_all(fixtures / "t5x_legacy_scanned_v11" / "checkpoint_5")
-    name = "target/encoder/encoder/attention/out/kernel"
-    arrays[name] = np.swapaxes(arrays[name], 0, 1).copy()  # layers first
-    message = r"attention/out/kernel has the shape \[2, 4, 12, 40\], .* it is \[4, 2, 12, 40\]$"
-    refused(write_legacy(tmp_path / "checkpoint_5", arrays), message)

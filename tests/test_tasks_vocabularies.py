@@ -158,6 +158,9 @@ def test_decode_with_sentinels(trained):
     text = "The name <extra_id_0> of the <extra_id_1> was bound"
     ids = [*vocabulary.encode(text), 1, 0, 0]
     assert vocabularies.decode_with_sentinels(vocabulary, ids) == text
+    # An embedding has more rows than the vocabulary ids; a model that says one says nothing.
+    beyond = [vocabulary.vocab_size, *ids[:-3], vocabulary.vocab_size + 27]
+    assert vocabularies.decode_with_sentinels(vocabulary, beyond) == text
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ through the memory of one stacked tensor.
 
 import functools
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +23,8 @@ from t5x_lite.interop.tensors import Tensor
 
 # Tensors smaller than this go to Orbax together.
 _GROUP_BYTES = 1 << 25
+# Of a large one, so much is read and written at a time if its leading axis can be divided so.
+_PART_BYTES = 1 << 27
 
 _METADATA = "_CHECKPOINT_METADATA"
 
@@ -31,8 +32,9 @@ _METADATA = "_CHECKPOINT_METADATA"
 def write_step(step_dir: epath.Path, checkpointables: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Writes a step as `checkpoints.Checkpoints` would have, with its digests.
 
-    At most one tensor, and of a copy of it the part that one CPU device holds, is in memory: with
-    N virtual CPU devices (`jax_num_cpu_devices`) that is 1 + 1/N of the largest.
+    In memory is at most one tensor, and of copies of it two parts, 128 MiB or a layer each. What
+    divides a tensor into parts are virtual CPU devices (`jax_num_cpu_devices`): without them a part
+    is all of it.
 
     Args:
       step_dir: a local directory that is not there yet.
@@ -108,7 +110,7 @@ def _place(tensor: Tensor) -> jax.Array:
     if not tensor.shape:
         return jax.device_put(tensor.read(0, 1), jax.devices("cpu")[0])
     devices = jax.devices("cpu")
-    count = math.gcd(tensor.shape[0], len(devices))
+    count = _num_parts(tensor, len(devices))
     size = tensor.shape[0] // count
     parts = []
     for i, device in enumerate(devices[:count]):
@@ -116,6 +118,13 @@ def _place(tensor: Tensor) -> jax.Array:
         parts.append(part.block_until_ready())  # or the rows wait in memory for their copy
     sharding = NamedSharding(Mesh(np.array(devices[:count]), ("rows",)), PartitionSpec("rows"))
     return jax.make_array_from_single_device_arrays(tensor.shape, sharding, parts)
+
+
+def _num_parts(tensor: Tensor, most: int) -> int:
+    """As few as keep a part small: a part may cost its reader a pass over the whole tensor."""
+    divisors = [k for k in range(1, most + 1) if tensor.shape[0] % k == 0]
+    small = (k for k in divisors if tensor.num_bytes // k <= _PART_BYTES)
+    return next(small, divisors[-1])
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

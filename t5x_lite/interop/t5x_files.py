@@ -202,8 +202,8 @@ def _on_disk(name: str, store: ts.TensorStore, where: epath.Path) -> StoredArray
             return store[part].read().result()
 
     shape = tuple(store.shape)
-    chunk = store.chunk_layout.read_chunk.shape or ()
-    chunk = tuple(size or n for size, n in zip(chunk, shape, strict=True))
+    pieces = store.chunk_layout.read_chunk.shape or shape
+    chunk = tuple(size or n for size, n in zip(pieces, shape, strict=True))
     return StoredArray(name, shape, store.dtype.name, chunk, read)
 
 

@@ -42,8 +42,9 @@ def open_t5x(path: epath.PathLike) -> Source:
     """Describes a T5X checkpoint; legacy or Orbax, scanned or not, is seen from the files.
 
     Nothing but the tree, small arrays and the step is read until a `Tensor` is asked for rows.
-    Reading rows of a stack that T5X scanned decodes every piece of storage that they touch, which
-    may be the whole array: rather few large reads than many small ones.
+    Rows of a stack that T5X scanned lie in many or all pieces of storage (64 MiB in the legacy
+    layout, one device's share in Orbax's), and each is decoded whole: few large reads are better
+    than many small ones.
 
     Args:
       path: `.../checkpoint_<step>`, or a directory of several, of which the newest is taken.

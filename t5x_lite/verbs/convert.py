@@ -6,8 +6,9 @@ import re
 from t5x_lite.errors import UsageError
 from t5x_lite.verbs.flags import given, parser_of
 
-# So many CPU devices, each of which holds a part of an array: they are written one by one.
-_NUM_DEVICES = 8
+# So many CPU devices, each of which holds a part of an array: they are written one by one. More
+# than the published models have layers.
+_NUM_DEVICES = 32
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
