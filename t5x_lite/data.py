@@ -24,7 +24,7 @@ import tasks  # noqa: F401  registers them
 from t5x_lite import packing
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.run_config import DataConfig
-from tasks import casts, mixing, sources, text_files, vocabularies
+from tasks import casts, mixing, shards, sources, text_files, vocabularies
 
 # JAX owns the accelerators.
 tf.config.set_visible_devices([], "GPU")
@@ -386,14 +386,14 @@ def vocabulary_content(provider: Provider) -> bytes | None:
     return None
 
 
-def text_files_shards(provider: Provider) -> list[str]:
-    """Names, made of the files' sizes and times, of what `text_files_*` read; else empty."""
+def source_shards(provider: Provider, split: str) -> list[str]:
+    """Names, made of what was in them, of the shards that text files and tables are read from."""
     members = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
     return [
         pathlib.PurePath(shard).name
         for task in members
-        if isinstance(task.source, text_files.TextFilesSource)
-        for shard in task.source.list_shards("train")
+        if isinstance(task.source, shards.ShardSource)
+        for shard in task.source.list_shards(split)
     ]
 
 

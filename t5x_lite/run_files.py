@@ -39,12 +39,12 @@ def check_writable(model_dir: str) -> None:
         raise UsageError(f"MODEL_DIR = {model_dir!r} cannot be written: {problem}")
 
 
-def check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
+def check_same_text(model_dir: epath.Path, config: TrainConfig, data: setup.Input) -> None:
     """Refuses to go on with other ids or other text than the run began with.
 
     The gin bindings name files; what is in them can change under the same name.
     """
-    from t5x_lite.data import text_files_shards, vocabulary_content
+    from t5x_lite.data import source_shards, vocabulary_content
 
     path = model_dir / VOCABULARY_FILE
     content = vocabulary_content(data.provider)
@@ -53,11 +53,11 @@ def check_same_text(model_dir: epath.Path, data: setup.Input) -> None:
             f"the vocabulary of {data.provider.name} is no longer the one this run began with, "
             f"which is kept in {path}: its ids mean something else"
         )
-    saved = _read_description(model_dir).get("text_files_shards")
-    if saved is not None and saved != text_files_shards(data.provider):
+    saved = _read_description(model_dir).get("source_shards")
+    if saved is not None and saved != source_shards(data.provider, config.data.split):
         raise UsageError(
-            f"the files of TEXT_FILES_PATTERN are no longer those that {str(model_dir)!r} began "
-            "with: put them back, or use another MODEL_DIR"
+            f"the text files or tables of {data.provider.name} are no longer those that "
+            f"{str(model_dir)!r} began with: put them back, or use another MODEL_DIR"
         )
 
 
@@ -112,7 +112,7 @@ def _origin(model_dir: epath.Path, initial: str | None) -> dict[str, Any] | None
 
 def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input) -> None:
     """Writes config.gin and model.json, before anything else of a run."""
-    from t5x_lite.data import text_files_shards, vocabulary_content, vocabulary_description
+    from t5x_lite.data import source_shards, vocabulary_content, vocabulary_description
 
     description = {
         "architecture": {"family": "t5", **config.model.to_dict()},
@@ -120,7 +120,7 @@ def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: se
         "task": config.data.mixture_or_task_name,
         "feature_lengths": dict(config.data.task_feature_lengths),
         "vocabulary": vocabulary_description(data.provider),
-        "text_files_shards": text_files_shards(data.provider),
+        "source_shards": source_shards(data.provider, config.data.split),
         "converted_from": _origin(model_dir, config.initial_checkpoint_path),
     }
     content = vocabulary_content(data.provider)

@@ -76,7 +76,7 @@ def train(config: TrainConfig, config_text: str) -> None:
         start = 0
         if restored is not None:
             start = restored.step
-            run_files.check_same_text(model_dir, data)
+            run_files.check_same_text(model_dir, config, data)
             if restored.input_state is not None:
                 data.train.restore(restored.input_state)
             elif start != run_files.converted_step(model_dir):  # else: the data from its beginning

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import jax
 import pytest
+
+jax.devices()  # JAX begins here, with one device, whatever a command asks for that a test runs
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 

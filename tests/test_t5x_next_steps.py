@@ -3,7 +3,7 @@
 The figures below were computed once by T5X itself: its source of 2026-04-21 (commit cc342d4) with
 jax 0.10.2, flax 0.12.8, optax 0.2.8, orbax-checkpoint 0.12.8, clu 0.0.12, seqio 0.0.20 on Python
 3.11, one CPU device, float32. Two packages that T5X imports and this run never calls (airio and
-jestimator, not on PyPI as T5X wants them) were empty modules. It was T5X's own code throughout:
+jestimator, which its setup.py takes from git) were empty modules. It was T5X's own code throughout:
 `utils.create_checkpoint_manager_and_restore` (mode 'specific', dtype None, `use_orbax` for the
 Orbax ones) restored `checkpoint_5` into `models.EncoderDecoderModel` over
 `examples.t5.network.Transformer` or `examples.scalable_t5.network.Transformer` (scan_layers,
@@ -20,7 +20,6 @@ into our layout by hand and each told by two figures (see `fingerprint`).
 """
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -30,11 +29,9 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import partitioning, step
-from t5x_lite.interop.t5x_read import open_t5x
-from t5x_lite.interop.tensors import Tensor
-from t5x_lite.models import t5
-from t5x_lite.optimizers import make_optimizer, make_schedule, optimizer_state_axes
+from t5x_lite import gin_utils, partitioning, setup
+from t5x_lite.__main__ import main
+from t5x_lite.checkpoints import Checkpoints
 
 FIRST_STEP, NUM_STEPS = 5, 5
 LEARNING_RATES = (0.02 / 7**0.5, 0.02 / 7**0.5, 0.02 / 7**0.5, 0.02 / 8**0.5, 0.02 / 9**0.5)
@@ -207,57 +204,41 @@ def by_name(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def restore(source):
-    """The state that a T5X checkpoint holds, as numpy arrays, and the optimizer of these runs."""
-
-    def whole(tensor):
-        return tensor.read(0, tensor.shape[0] if tensor.shape else 1)
-
-    axes = t5.logical_axes(source.model)
-    is_axes = lambda x: isinstance(x, tuple)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, _: whole(
-            source.params[jax.tree_util.keystr(path, simple=True, separator="/")]
-        ),
-        axes,
-        is_leaf=is_axes,
-    )
-    is_tensor = lambda x: isinstance(x, Tensor)
-    opt_state = jax.tree.map(whole, source.optimizer.state, is_leaf=is_tensor)
-    config = dataclasses.replace(source.optimizer.config, learning_rate=0.02, warmup_steps=7)
-    return step.TrainState(np.int32(source.step), params, opt_state), config
+def convert(directory, place):
+    """MODEL_DIR of the checkpoint, as the command makes it."""
+    argv = ["--from=t5x", str(directory), f"--to={place / 'm'}", "--vocabulary=bytes"]
+    assert main(["convert", *argv]) == 0
+    return place / "m"
 
 
-def continue_training(directory, mesh):
-    """Five steps from a checkpoint on: scalars of each, what the parameters moved, the state."""
-    source = open_t5x(directory)
-    model = source.model
-    state, config = restore(source)
-    first_params = state.params
-    axes = t5.logical_axes(model)
-    optimizer = make_optimizer(config, axes)
-    state_axes = step.TrainState((), axes, optimizer_state_axes(state.opt_state, axes))
-    shardings, whole = partitioning.shardings(mesh, state_axes), partitioning.replicated(mesh)
-    # T5X's default, the plain sum, as the run that wrote the checkpoint had it.
-    loss_config = step.LossConfig(z_loss=1e-4, label_smoothing=0.0, normalizing_factor=None)
-    train_step = jax.jit(
-        functools.partial(
-            step.train_step,
-            model,
-            loss_config,
-            optimizer,
-            make_schedule(config),
-            mesh.shape["data"],
-        ),
-        in_shardings=(shardings, partitioning.batch_sharding(mesh), whole),
-        out_shardings=(shardings, whole),
-    )
-    state = jax.device_put(state, shardings)
-    assert int(state.step) == FIRST_STEP
+def continue_training(model_dir, mesh_shape):
+    """Five steps from a checkpoint on: scalars of each, what the parameters moved, the state.
+
+    With the programs and the state that `train` has from `model.gin` and the MODEL_DIR.
+    """
+    files = [str(model_dir / "model.gin"), "gin_configs/runs/pretrain.gin"]
+    bindings = {
+        "MODEL_DIR": str(model_dir),
+        "MIXTURE_OR_TASK_NAME": "unused",
+        "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 10},
+        "TRAIN_STEPS": FIRST_STEP + NUM_STEPS,
+        "BATCH_SIZE": 4,
+        "MESH": mesh_shape,
+        "LOSS_NORMALIZING_FACTOR": None,
+        "OptimizerConfig.learning_rate": 0.02,
+        "OptimizerConfig.warmup_steps": 7,
+    }
+    lines = [f"{name} = {value!r}" for name, value in bindings.items()]
+    config, _ = gin_utils.load_train_config(files, lines)
+    programs = setup.make_programs(config, compile_train_step=False)
+    restored = Checkpoints(model_dir / "checkpoints").restore_latest(programs.abstract_state)
+    assert restored.step == FIRST_STEP
+    state = restored.state
+    first_params = jax.tree.map(np.asarray, state.params)
     scalars_of_steps = []
     for i in range(FIRST_STEP, FIRST_STEP + NUM_STEPS):
-        batch = partitioning.shard_batch(batch_of_step(i, model.vocab_size), mesh)
-        state, scalars = train_step(state, batch, jax.random.key(0))
+        batch = partitioning.shard_batch(batch_of_step(i, config.model.vocab_size), programs.mesh)
+        state, scalars = programs.train_step(state, batch, jax.random.key(0))
         scalars_of_steps.append({name: float(x) for name, x in scalars.items()})
     moved = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), state.params, first_params)
     return scalars_of_steps, by_name(moved), state
@@ -279,9 +260,9 @@ def check(name, scalars, moved, statistics):
             assert found[key][1] == pytest.approx(places, abs=1e-5 * size), key
 
 
-def fingerprints(name, directory, mesh):
+def fingerprints(name, model_dir, mesh_shape):
     """The arguments of `check`, plain JSON values."""
-    scalars, moved, state = continue_training(directory, mesh)
+    scalars, moved, state = continue_training(model_dir, mesh_shape)
     statistics = by_name(state.opt_state)
     assert int(state.step) == int(state.opt_state.count) == FIRST_STEP + NUM_STEPS
     # Every statistic in use of these parameters, and no other.
@@ -296,31 +277,29 @@ def fingerprints(name, directory, mesh):
 
 
 @pytest.mark.parametrize("name", T5X)
-def test_next_steps_equal_those_of_t5x(shared_data, name):
-    directory = shared_data / "checkpoints" / "t5x" / name
-    mesh = partitioning.make_mesh({"data": 1}, jax.devices()[:1])
-    check(name, *fingerprints(name, directory, mesh))
+def test_next_steps_equal_those_of_t5x(shared_data, tmp_path, name):
+    model_dir = convert(shared_data / "checkpoints" / "t5x" / name, tmp_path)
+    check(name, *fingerprints(name, model_dir, {"data": 1}))
 
 
 ON_EIGHT_DEVICES = """
-import json, sys
+import json, pathlib, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, "tests")
 import test_t5x_next_steps as test
-from t5x_lite import partitioning
 
-mesh = partitioning.make_mesh({"data": 4, "model": 2})
-print(json.dumps(test.fingerprints(sys.argv[1], sys.argv[2], mesh)))
+model_dir = pathlib.Path(sys.argv[2])
+print(json.dumps(test.fingerprints(sys.argv[1], model_dir, {"data": 4, "model": 2})))
 """
 
 
-def test_scanned_state_continues_on_eight_devices(shared_data, repo):
+def test_scanned_state_continues_on_eight_devices(shared_data, repo, tmp_path):
     """Data 4 x model 2: the factors of a scanned layer lie as what they belong to."""
     name = "t5x_legacy_scanned_v11"
-    directory = shared_data / "checkpoints" / "t5x" / name
+    model_dir = convert(shared_data / "checkpoints" / "t5x" / name, tmp_path)
     result = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES, name, directory],
+        [sys.executable, "-c", ON_EIGHT_DEVICES, name, model_dir],
         cwd=repo,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pyarrow as pa
 import pytest
@@ -211,6 +212,19 @@ def test_a_changed_file_is_converted_again(tmp_path):
     _write(path, {"text": ["new"]})  # of the same size
     os.utime(path, ns=(1, 1))
     assert _texts(path) == ["new"]
+
+
+def test_a_run_knows_that_its_table_has_changed(tmp_path):
+    """`source_shards` is what a resumed run compares; of two splits the one that is trained on."""
+    path = _write(tmp_path / "table.parquet", {"text": ["one", "two"], "label": [0, 1]})
+
+    def names() -> list[str]:  # as a process sees them that begins now
+        return data.source_shards(types.SimpleNamespace(source=TableSource({"fit": path})), "fit")
+
+    before = names()
+    assert before and before == names()
+    _write(path, {"text": ["one", "two", "three"], "label": [0, 1, 1]})
+    assert names() != before
 
 
 def test_shards_that_were_deleted_are_made_again(tmp_path, cache):

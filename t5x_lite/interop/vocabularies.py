@@ -300,7 +300,10 @@ def same_vocabulary(a: bytes | None, b: bytes | None) -> bool:
         return True
     if a is None or b is None:
         return False
-    return _meaning(_ModelProto.FromString(a)) == _meaning(_ModelProto.FromString(b))
+    try:
+        return _meaning(_ModelProto.FromString(a)) == _meaning(_ModelProto.FromString(b))
+    except DecodeError:  # one that is no model is no other's equal
+        return False
 
 
 def _meaning(proto: Any) -> tuple[Any, ...]:
