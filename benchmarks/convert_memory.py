@@ -73,8 +73,7 @@ def write_checkpoint(directory: pathlib.Path, config: T5Config, dtype: np.dtype,
                 rng = np.random.default_rng(len(tensor_name))
                 row = rng.standard_normal(shape[-1]).astype(dtype).tobytes()
                 rows = int(np.prod(shape[:-1]))
-                for first in range(0, rows, 1024):
-                    f.write(row * min(1024, rows - first))
+                f.writelines(row * min(1024, rows - first) for first in range(0, rows, 1024))
         total += offset
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))

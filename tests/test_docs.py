@@ -108,8 +108,12 @@ def test_register_a_task(tickets, made, tmp_path, capfd):
 
     run = tmp_path / "runs" / "tickets"
     lines = (run / "metrics" / "tickets.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    assert all(0 <= json.loads(line)["accuracy"] <= 100 for line in lines)
+    accuracy = {line["step"]: line["accuracy"] for line in map(json.loads, lines)}
+    assert set(accuracy) == {1, 2}
+    for step, value in accuracy.items():
+        written = (run / "inference" / f"tickets-{step}.jsonl").read_text().splitlines()
+        right = [r["prediction"] == r["targets"] for r in map(json.loads, written)]
+        assert value == pytest.approx(100 * sum(right) / len(right))
     assert (run / "metrics" / "tickets_train.jsonl").is_file()
     answers = (tmp_path / "answers.jsonl").read_text().splitlines()
     messages = (tmp_path / "new_tickets.txt").read_text().splitlines()

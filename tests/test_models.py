@@ -50,11 +50,8 @@ def relative_l2(a, b) -> float:
 @pytest.mark.parametrize("name", ["t5_v10", "t5_v11"])
 def test_logits_equal_hugging_face(shared_data, name, scan_layers):
     directory = shared_data / "checkpoints" / "hf" / name
-    config = references.config_from_json(directory / "config.json")
-    params = references.params_from_hf(directory)
-    config = dataclasses.replace(
-        config, tie_embeddings="logits_dense" not in params["decoder"], scan_layers=scan_layers
-    )
+    config, params = references.load_hf(directory)
+    config = dataclasses.replace(config, scan_layers=scan_layers)
     golden = np.load(directory / "golden.npz")
     batch = {
         "encoder_input_tokens": golden["input_ids"],
@@ -76,20 +73,10 @@ T5X_FIXTURES = [
 ]
 
 
-def read_t5x(directory):
-    """Configuration and parameters of a T5X fixture."""
-    reader = references.params_from_t5x_legacy
-    if "orbax" in directory.name:
-        reader = references.params_from_t5x_orbax
-    scanned = "_scanned" in directory.name
-    params = reader(directory / "checkpoint_5", scanned=scanned)
-    return references.config_from_json(directory / "config.json"), params
-
-
 @pytest.mark.parametrize("name", T5X_FIXTURES)
 def test_logits_equal_t5x(shared_data, name):
     directory = shared_data / "checkpoints" / "t5x" / name
-    config, params = read_t5x(directory)
+    config, params = references.load_t5x(directory)
     assert jax.tree.structure(params) == jax.tree.structure(
         jax.eval_shape(lambda: t5.init(config, jax.random.key(0)))
     )
@@ -102,7 +89,7 @@ def test_logits_equal_t5x(shared_data, name):
 
 def test_far_relative_positions_equal_t5x(shared_data):
     directory = shared_data / "checkpoints" / "t5x" / "t5x_legacy_unscanned_v11"
-    config, params = read_t5x(directory)
+    config, params = references.load_t5x(directory)
     golden = np.load(directory / "golden_long.npz")
     logits = APPLY(config, params, {k: golden[k] for k in golden if "tokens" in k})
     found = np.asarray(logits)[:, golden["positions"]]

@@ -137,8 +137,12 @@ def test_a_crash_between_evaluation_and_best_json(tmp_path, scripted, monkeypatc
     assert_same_state(tmp_path / "run", tmp_path / "whole", 8)
 
 
-def test_an_evaluation_that_is_stopped_is_made_up_for(tmp_path, monkeypatch):
-    """SIGTERM while examples are being decoded: nothing of that evaluation is written."""
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it is made up for"])
+def test_an_evaluation_that_is_stopped_is_made_up_for(tmp_path, monkeypatch, times):
+    """SIGTERM while examples are being decoded: nothing of that evaluation is written.
+
+    No step is taken before the evaluation that is missing.
+    """
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(whole) == 0
     evaluate = task_evaluation.evaluate
@@ -150,31 +154,11 @@ def test_an_evaluation_that_is_stopped_is_made_up_for(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(task_evaluation, "evaluate", evaluate_and_be_stopped)
-        assert run(stopped) == 143
+        for _ in range(times):
+            assert run(stopped) == 143
     assert steps(stopped) == [4]
     assert [line["step"] for line in metric_lines(stopped, "toy_bytes")] == [2]
     assert [line["step"] for line in metric_lines(stopped, "validation")] == [2]
-    assert run(stopped) == 0
-    for series in ("train", "validation", "toy_bytes"):
-        assert metric_lines(stopped, series) == metric_lines(whole, series)
-
-
-def test_stopped_again_while_it_is_made_up_for(tmp_path, monkeypatch):
-    """No step is taken before the evaluation that is missing."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(whole) == 0
-    evaluate = task_evaluation.evaluate
-
-    def evaluate_and_be_stopped(*args, **kwargs):
-        if (stopped / "inference" / "toy_bytes-2.jsonl").exists():
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args, **kwargs)
-
-    with monkeypatch.context() as m:
-        m.setattr(task_evaluation, "evaluate", evaluate_and_be_stopped)
-        assert run(stopped) == 143
-        assert run(stopped) == 143
-    assert steps(stopped) == [4]
     assert run(stopped) == 0
     for series in ("train", "validation", "toy_bytes"):
         assert metric_lines(stopped, series) == metric_lines(whole, series)
