@@ -158,6 +158,9 @@ def test_readme(repo, shared_data, made, tmp_path, monkeypatch, capfd):
     shutil.copytree(made / "runs", tmp_path / "runs")
     (tmp_path / "tensorflow_datasets").symlink_to(shared_data / "tfds")
     (tmp_path / "docstrings.txt").write_text("Return the sum of two numbers.\nA pair of numbers.\n")
+    shutil.copytree(shared_data / "checkpoints/hf/t5_v11_sharded", tmp_path / "flan-t5-base")
+    tokenizer = {"tokenizer_class": "ByT5Tokenizer"}
+    (tmp_path / "flan-t5-base" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     found = commands((repo / "README.md").read_text())
     assert {argv[0] for argv in found} >= {"train", "tasks"}
     vocabulary = shared_data / "vocabs" / "t5_sentencepiece_32000.model"

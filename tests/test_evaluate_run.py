@@ -182,7 +182,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(trained, capsys, flags, 
 
 def test_a_directory_that_is_no_run(tmp_path, capsys):
     assert evaluate(tmp_path) == 2
-    assert "is not a run: it has no config.gin" in capsys.readouterr().err
+    assert "is not a run: it has no model.json" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(run, capsys):

@@ -64,8 +64,9 @@ def run(tmp_path):
     """A run that began with another, which began with a conversion."""
     converted = {"format": "hf", "path": "downloads/t5-v1_1-small", "dtype": "float32"}
     write_run(tmp_path / "start", None, None, converted_from=converted)
-    write_run(tmp_path / "c4", "c4_v220_span_corruption", str(tmp_path / "start"))
-    write_run(tmp_path / "cola", "glue_cola_v002", str(tmp_path / "c4" / "checkpoints" / "2000"))
+    start, c4 = str(tmp_path / "start"), str(tmp_path / "c4" / "checkpoints" / "2000")
+    write_run(tmp_path / "c4", "c4_v220_span_corruption", start, converted_from=converted)
+    write_run(tmp_path / "cola", "glue_cola_v002", c4, converted_from=converted)
     metrics = tmp_path / "cola" / "metrics"
     write_lines(
         metrics / "glue_cola_v002.jsonl",
@@ -120,6 +121,7 @@ def test_card_says_what_was_trained_on_what(run):
     assert "start`, converted from format `hf`, path `downloads/t5-v1_1-small`" in start
     best = "The best step of the run by `glue_cola_v002/matthews` was 1,000, with 43.5."
     assert best in body
+    assert "It goes back to weights that were converted from: format `hf`" in body
     assert "license" not in head and "language" not in head
 
 

@@ -146,10 +146,8 @@ def test_data_set_dict_is_a_mapping_of_splits(datasets, tmp_path):
 
 
 def test_images_are_named(datasets):
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    images = datasets.Dataset.from_dict(
-        {"image": [{"bytes": b"x", "path": None}], "text": ["a"]}, features=features
-    )
+    columns = {"image": [{"bytes": b"x", "path": "a.png"}], "text": ["a"]}
+    images = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     assert "column 'image' is of type struct<bytes: binary, path: string>" in _error(images)
     assert _texts(images, ["text"]) == ["a"]
 

@@ -68,7 +68,8 @@ class ModelCard:
       data: label and value of what was read.
       training: label and value of how it was trained.
       lineage: a sentence on each model that it was started from, the nearest first.
-      converted_from: as in model.json: {"format", "path", ...}; None if it was not converted.
+      converted_from: as in model.json: {"format", "path", ...} of what it, or what it was trained
+        from, was converted from; None if there is nothing.
       best: the best.json of the run; None if it has none.
       metrics: of the newest evaluations up to `step`.
       config: the text of config.gin; empty if there is none.
@@ -248,7 +249,7 @@ def _read_lineage(initial: str | None) -> tuple[str, ...]:
 
 
 def _describe_ancestor(path: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    if origin := model.get("converted_from"):
+    if (origin := model.get("converted_from")) and model.get("task") is None:
         return f"{_code(path)}, converted from {_describe_origin(origin)}"
     sentence = f"{_code(path)}, trained on {_code(model.get('task'))}"
     if steps := settings.get("TrainConfig.train_steps"):
