@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import uuid
@@ -21,7 +22,15 @@ from etils import epath
 from t5x_lite import checkpoints, files, run_files, saved_run
 from t5x_lite.errors import Failure, UsageError
 from t5x_lite.integrity import list_files
-from t5x_lite.interop import hf_read, hf_write, model_card, step_io, t5x_read, vocabularies
+from t5x_lite.interop import (
+    hf_read,
+    hf_write,
+    model_card,
+    recognise,
+    step_io,
+    t5x_read,
+    vocabularies,
+)
 from t5x_lite.interop.tensors import Source, Tensor
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -45,7 +54,8 @@ def import_checkpoint(
       format: "hf" or "t5x".
       path: the checkpoint's directory.
       model_dir: must not exist, or be an empty directory.
-      vocabulary: a SentencePiece model, or "bytes"; None is the one that lies in `path`.
+      vocabulary: a SentencePiece model, a directory with a tokenizer, or "bytes"; None is the one
+        that lies in `path`.
 
     Raises:
       UsageError: the checkpoint is not what it should be, there is no vocabulary, or it does not
@@ -53,8 +63,11 @@ def import_checkpoint(
       Failure: it cannot be written.
     """
     _check_free(model_dir)
+    if recognise.is_address(path):
+        raise UsageError(f"no directory {path!r}{recognise.hint(path)}")
     source = _READERS[format](path)
-    words = vocabularies.check_size(_vocabulary(path, vocabulary), source.model.vocab_size)
+    words = _vocabulary(format, path, vocabulary)
+    words = vocabularies.check_size(words, source.model.vocab_size)
     _check_tree(source)
     with _appearing(model_dir) as staging:
         files.write_atomically(staging / run_files.MODEL_GIN, _model_gin(source, model_dir))
@@ -101,13 +114,15 @@ def export_checkpoint(
     """
     _check_free(directory)
     run = saved_run.read(model_dir)
+    if checkpoint == "all" or "," in checkpoint:
+        raise UsageError(f"--checkpoint={checkpoint}: give one: latest, best or a step")
     (step,) = saved_run.checkpoint_steps(run, checkpoint)
     step_dir = run.model_dir / "checkpoints" / str(step)
     checkpoints.require_intact(step_dir, "params/")
     shapes = jax.eval_shape(lambda key: t5.init(run.model, key), jax.random.key(0))
     model_class = _model_class(run.model, run.converted_from)
     if dtype is None:
-        dtype = _untouched_dtype(run, model_class)
+        dtype = _default_dtype(run, step, model_class)
     path = run.model_dir / run_files.VOCABULARY_FILE
     words = path.read_bytes() if path.exists() else None
     hf_write.write_hf(
@@ -118,7 +133,9 @@ def export_checkpoint(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer_files=vocabularies.tokenizer_files(words, run.model.vocab_size),
-        card=model_card.read_card(run.model_dir, step),
+        card=model_card.read_card(
+            run.model_dir, step, is_untouched=saved_run.is_untouched(run, step)
+        ),
     )
     print(f"step {step} of {model_dir} is in {directory}: {model_class}, {dtype}")
 
@@ -137,24 +154,30 @@ def _model_class(model: T5Config, origin: Mapping[str, Any]) -> str:
     return "mt5" if origin.get("model_type") == "mt5" else "t5"
 
 
-def _untouched_dtype(run: saved_run.SavedRun, model_class: str) -> str:
+def _default_dtype(run: saved_run.SavedRun, step: int, model_class: str) -> str:
     """What holds every parameter as it is: its source's, if nothing has changed them since."""
     found = run.converted_from.get("dtype")
-    trained = (run.model_dir / "config.gin").exists()
     scaled = hf_write.output_scale(run.model, model_class) != 1
-    return "float32" if trained or scaled or found not in hf_write.DTYPES else found
-
-
-def _vocabulary(path: str, given: str | None) -> vocabularies.ForeignVocabulary:
-    if given is not None:
-        return vocabularies.read_vocabulary(given)
-    found = vocabularies.read_tokenizer(path)
-    if found is None:
-        raise UsageError(
-            f"{path!r} has no tokenizer (spiece.model or tokenizer.json): give "
-            "--vocabulary=FILE, a SentencePiece model, or --vocabulary=bytes"
-        )
+    if scaled or not saved_run.is_untouched(run, step) or found not in hf_write.DTYPES:
+        return "float32"
     return found
+
+
+def _vocabulary(format: str, path: str, given: str | None) -> vocabularies.ForeignVocabulary:
+    """The source's own, or the one that is given: a file, a directory with a tokenizer, bytes."""
+    place = path if given is None else given
+    if given is not None and not (given != vocabularies.BYTES and epath.Path(given).is_dir()):
+        return vocabularies.read_vocabulary(given)
+    found = vocabularies.read_tokenizer(place)
+    if found is not None:
+        return found
+    if format == "t5x" and given is None:
+        what = f"{path!r} is T5X's, which keeps no vocabulary"
+    else:
+        what = f"{place!r} has no tokenizer (spiece.model or tokenizer.json)"
+    raise UsageError(
+        f"{what}: give --vocabulary=FILE, a SentencePiece model, or --vocabulary=bytes"
+    )
 
 
 def _check_tree(source: Source) -> None:
@@ -189,7 +212,7 @@ def _checkpointables(source: Source) -> dict[str, Mapping[str, Tensor]]:
 
 def _model_gin(source: Source, model_dir: str) -> bytes:
     """The architecture, and what continues its optimizer, as a gin file for `train`."""
-    lines = [f"# The model that {source.origin['path']} was converted to {model_dir} with.", ""]
+    lines = [f"# The architecture of {source.origin['path']}, as converted to {model_dir}.", ""]
     for field in dataclasses.fields(source.model):
         if field.name not in _THE_RUNS_OWN:
             lines.append(f"T5Config.{field.name} = {getattr(source.model, field.name)!r}")
@@ -243,12 +266,19 @@ def _print_imported(
 ) -> None:
     print(f"{num_parameters:,} parameters of {source.origin['path']} are in {model_dir}")
     if source.optimizer is not None:
-        print(f"with its optimizer: train with MODEL_DIR = {model_dir!r} goes on at {source.step}")
+        print(
+            f"with its optimizer: `train` with --gin.MODEL_DIR={shlex.quote(repr(model_dir))} goes "
+            f"on from step {source.step}"
+        )
     elif "optimizer" in source.origin:
         print(f"without its optimizer: {source.origin['optimizer']}")
+    flags = [
+        f"--gin_file={model_dir}/{run_files.MODEL_GIN}",
+        "--gin_file=gin_configs/runs/finetune.gin",
+        f"--gin.INITIAL_CHECKPOINT_PATH={model_dir!r}",
+        f"--gin.VOCABULARY_FILE={vocabulary_file!r}",
+    ]
     print(
-        "to fine-tune it: python -m t5x_lite train "
-        f"--gin_file={model_dir}/{run_files.MODEL_GIN} --gin_file=gin_configs/runs/finetune.gin "
-        f"--gin.INITIAL_CHECKPOINT_PATH=\"'{model_dir}'\" "
-        f"--gin.VOCABULARY_FILE=\"'{vocabulary_file}'\" ..."
+        f"to fine-tune it: python -m t5x_lite train {shlex.join(flags)}, with a task, its lengths, "
+        "steps and another MODEL_DIR"
     )

@@ -19,6 +19,7 @@ from t5x_lite import best, partitioning
 from t5x_lite.checkpoints import CheckpointError, restore_params
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.integrity import find_damage, is_committed, scan
+from t5x_lite.interop import recognise
 from t5x_lite.interop.vocabularies import BYTES, same_vocabulary
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -72,13 +73,16 @@ def read(model_dir: epath.PathLike) -> SavedRun:
     Raises:
       UsageError: `model_dir` is not a run's, or one of the two cannot be read as what it is.
     """
-    model_dir = epath.Path(model_dir)
     given = f"MODEL_DIR {os.fspath(model_dir)!r}"
+    hint = functools.partial(recognise.hint, os.fspath(model_dir))
+    if recognise.is_address(os.fspath(model_dir)):
+        raise UsageError(f"{given} is not a directory{hint()}")
+    model_dir = epath.Path(model_dir)
     if not model_dir.is_dir():
-        raise UsageError(f"{given} is not a directory")
+        raise UsageError(f"{given} is not a directory{hint()}")
     path = model_dir / MODEL_FILE
     if not path.is_file():
-        raise UsageError(f"{given} is not a run: it has no {MODEL_FILE}")
+        raise UsageError(f"{given} is not a run: it has no {MODEL_FILE}{hint()}")
     try:
         description = json.loads(path.read_text())
         architecture = dict(description["architecture"])
@@ -218,6 +222,12 @@ def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
         partitioning.shardings(mesh, axes),
     )
     return restore_params(run.model_dir / "checkpoints" / str(step), abstract).state
+
+
+def is_untouched(run: SavedRun, step: int) -> bool:
+    """Whether a checkpoint is as `convert` has made it: no training has come to it."""
+    position = run.model_dir / "checkpoints" / str(step) / "input_position"
+    return run.converted_from.get("step") == step and not position.exists()
 
 
 def vocabulary_file(run: SavedRun) -> str:

@@ -150,14 +150,20 @@ def test_a_conversion_that_ends_early(hf, tmp_path, capfd, monkeypatch, error):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["x", "--to=m"], "allowed are hf and t5x"),
-        (["--from=pytorch", "x", "--to=m"], "--from=pytorch: allowed are hf and t5x"),
+        (["x", "--to=m"], "give --from=hf or --from=t5x, what 'x' is"),
+        (["--from=pytorch", "x", "--to=m"], "--from=pytorch: give --from=hf or --from=t5x"),
         (["--from=hf", "x"], "--to"),
         (["--from=hf", "x", "y", "--to=m"], "give convert --from=hf PATH --to=MODEL_DIR"),
         (["m", "--to=hf"], "give convert MODEL_DIR --to=hf DIRECTORY"),
         (["--from=t5x", "m", "--to=hf", "out"], "convert to a MODEL_DIR first"),
         (["--from=hf", "x", "--to=m", "--dtype=bfloat16"], "--dtype belongs to --to=hf"),
         (["m", "--to=hf", "out", "--max_shard_size=big"], "give a size like 5GB"),
+        (
+            ["--from=hf", "google/t5-small", "--to=m"],
+            "`hf download google/t5-small --local-dir DIR`",
+        ),
+        (["--from=hf", "https://huggingface.co/google/byt5-base", "--to=m"], "google/byt5-base"),
+        (["--from=hf", "https://example.org/x.zip", "--to=m"], "it is an address"),
         (["nowhere", "--to=hf", "out"], "nowhere"),
         (["--from=hf", "nowhere", "--to=m"], "nowhere"),
     ],
@@ -166,6 +172,40 @@ def test_arguments_that_are_wrong(tmp_path, capfd, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
     assert said in refused(capfd, *argv)
     assert not os.listdir(tmp_path)
+
+
+def test_what_is_something_else(hf, tmp_path, capfd, shared_data, monkeypatch):
+    """The next command is in the message."""
+    monkeypatch.chdir(tmp_path)
+    t5x = shared_data / "checkpoints/t5x/t5x_orbax_unscanned_v11"
+    assert main(["convert", "--from=hf", str(hf), "--to=m", "--vocabulary=bytes"]) == 0
+    capfd.readouterr()
+    shutil.copytree(hf, tmp_path / "adapter", ignore=lambda *_: ["config.json"])
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "flax").mkdir()
+    shutil.copy(hf / "config.json", tmp_path / "flax")
+    (tmp_path / "flax" / "flax_model.msgpack").write_bytes(b"x")
+    for argv, said in (
+        (["--from=hf", str(t5x)], "checkpoint of T5X: `python -m t5x_lite convert --from=t5x"),
+        (["--from=t5x", str(hf)], "of Hugging Face: `python -m t5x_lite convert --from=hf"),
+        (["--from=t5x", str(t5x.parent)], f"did you mean '{t5x.parent}/t5x_"),
+        (["--from=t5x", "m"], "it is a MODEL_DIR already"),
+        (["--from=hf", str(hf / "config.json")], f"a file: give the directory it is in, '{hf}'"),
+        (["--from=hf", "hff"], "did you mean 'hf'"),
+        (["--from=hf", "adapter"], "adapter_config.json is an adapter"),
+        (["--from=hf", "flax"], "flax_model.msgpack is transformers' Flax format"),
+    ):
+        assert said in refused(capfd, *argv, "--to=other", "--vocabulary=bytes")
+    assert "is T5X's, which keeps no vocabulary" in refused(
+        capfd, "--from=t5x", str(t5x), "--to=other"
+    )
+    for argv, said in (
+        ([str(hf)], "of Hugging Face: `python -m t5x_lite convert --from=hf"),
+        (["m/checkpoints/0"], "give 'm', and 0 as the checkpoint"),
+        (["m", "--checkpoint=all"], "give one: latest, best or a step"),
+    ):
+        assert said in refused(capfd, *argv[:1], "--to=hf", "other", *argv[1:])
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_damaged_checkpoint_is_not_given_out(hf, tmp_path, capfd):

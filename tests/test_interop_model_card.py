@@ -118,10 +118,10 @@ def test_card_says_what_was_trained_on_what(run):
     assert "text files" not in body and "learning_rate |" not in body and "42.75" not in body
     c4, start = (line for line in lines if re.match(r"\d\. ", line))
     assert c4.endswith("`, trained on `c4_v220_span_corruption` (2,000 steps planned)")
-    assert "start`, converted from format `hf`, path `downloads/t5-v1_1-small`" in start
+    assert "start`, converted from Hugging Face's checkpoint `t5-v1_1-small`" in start
+    assert body.count("t5-v1_1-small") == 1
     best = "The best step of the run by `glue_cola_v002/matthews` was 1,000, with 43.5."
     assert best in body
-    assert "It goes back to weights that were converted from: format `hf`" in body
     assert "license" not in head and "language" not in head
 
 
@@ -129,7 +129,7 @@ def test_card_of_a_conversion(run):
     card = read_card(run.parent / "start", 0)
     text = render(card, model_class="mt5", has_tokenizer=False)
     assert "Converted by t5x_lite and not trained by it." in text
-    assert "The weights were converted from: format `hf`, path `downloads/t5-v1_1-small`" in text
+    assert "The weights were converted from Hugging Face's checkpoint `t5-v1_1-small`." in text
     assert "MT5ForConditionalGeneration" in text and "AutoTokenizer" not in text
     assert "There is no tokenizer here." in text
     assert "No evaluation is recorded." in text
@@ -144,6 +144,28 @@ def test_card_survives_strange_text(run):
     lines = render(card).splitlines()
     assert r"| text files | `` a\|b`c # d `` |" in lines
     assert lines[-3:] == ["`````python", "X = '````'", "`````"]
+
+
+def test_card_of_a_converted_step_in_a_run_that_went_on(tmp_path):
+    """That step is no work of the run's."""
+    origin = {"format": "t5x", "path": "/data/t5x/checkpoint_500", "step": 500}
+    write_run(tmp_path / "run", "my_task", None, converted_from=origin)
+    line = "T5X's checkpoint `checkpoint_500`, step 500."
+    text = render(read_card(tmp_path / "run", 500, is_untouched=True))
+    assert f"not trained by it.\n\nThe weights were converted from {line}" in text
+    assert "my_task" not in text and "## Configuration" not in text and "/data" not in text
+    text = render(read_card(tmp_path / "run", 700))
+    assert f"to step 700.\n\nIt goes back to {line}" in text
+    assert "initial parameters" not in text
+
+
+def test_card_of_bytes(tmp_path):
+    """AutoTokenizer refuses ByT5's tokenizer for UMT5, whose class a scanned model has."""
+    vocabulary = {"class": "ByteVocabulary", "size": 259}
+    write_run(tmp_path / "run", "my_task", None, vocabulary=vocabulary)
+    text = render(read_card(tmp_path / "run", 3), model_class="umt5")
+    assert 'tokenizer = ByT5Tokenizer.from_pretrained("PATH")' in text
+    assert "258, 257" in text and "AutoTokenizer" not in text
 
 
 def test_card_of_a_start_that_is_gone(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from t5x_lite.errors import UsageError, nearest
-from t5x_lite.interop import hf
+from t5x_lite.interop import hf, recognise
 from t5x_lite.interop.pickles import read_pickle
 from t5x_lite.interop.stored import (
     READABLE_DTYPES,
@@ -79,15 +79,14 @@ def _open(directory: epath.Path) -> Source:
 
 def _read_config(directory: epath.Path) -> dict[str, Any]:
     if not directory.is_dir():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-            hint = f"; from the Hugging Face hub: `hf download {directory} --local-dir DIR` first"
-        raise UsageError(f"no directory {str(directory)!r}{hint}")
+        raise UsageError(f"no directory {str(directory)!r}{recognise.hint(str(directory))}")
     path = directory / "config.json"
     if not path.exists():
         snapshots = [str(snapshot) for snapshot in directory.glob("snapshots/*")]
         hint = f"; did you mean {snapshots[0]!r}?" if snapshots else ""
-        raise UsageError(f"no config.json in {str(directory)!r}{hint}")
+        raise UsageError(
+            f"no config.json in {str(directory)!r}{hint or recognise.hint(str(directory))}"
+        )
     return _read_json(path)
 
 
@@ -110,7 +109,10 @@ def _read_weights(directory: epath.Path) -> Stored:
         if index.exists():
             return _read_shards(index, read)
     known = ", ".join(f"{name} or {name}.index.json" for name in _WEIGHTS)
-    raise UsageError(f"no weights in {str(directory)!r}: looked for {known}")
+    hint = recognise.unreadable(directory)
+    if recognise.kind_of(directory) != "hf":
+        hint = recognise.hint(str(directory))
+    raise UsageError(f"no weights in {str(directory)!r}: looked for {known}{hint}")
 
 
 def _read_shards(index: epath.Path, read: Callable[[epath.Path], Stored]) -> Stored:

@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import math
 import os
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -90,12 +91,13 @@ class ModelCard:
     config: str = ""
 
 
-def read_card(model_dir: epath.PathLike, step: int) -> ModelCard:
+def read_card(model_dir: epath.PathLike, step: int, *, is_untouched: bool = False) -> ModelCard:
     """Reads model.json, config.gin, best.json and the metrics of a run or of a conversion.
 
     Args:
       model_dir: MODEL_DIR.
       step: the checkpoint that is exported.
+      is_untouched: it is as `convert` made it, whatever was trained in `model_dir` since.
 
     Raises:
       UsageError: a file is not what a run has written.
@@ -104,6 +106,8 @@ def read_card(model_dir: epath.PathLike, step: int) -> ModelCard:
     model = _read_json(model_dir / "model.json")
     config = _read_text(model_dir / "config.gin")
     settings = parse_config(config)
+    if is_untouched:
+        model, config, settings = model | {"task": None}, "", {}
     return ModelCard(
         name=model_dir.resolve().name if "://" not in os.fspath(model_dir) else model_dir.name,
         step=step,
@@ -115,7 +119,7 @@ def read_card(model_dir: epath.PathLike, step: int) -> ModelCard:
         training=_select(settings, _TRAINING),
         lineage=_read_lineage(settings.get(_INITIAL)),
         converted_from=model.get("converted_from"),
-        best=_read_json(model_dir / "best.json") or None,
+        best=None if is_untouched else _read_json(model_dir / "best.json") or None,
         metrics=_read_last_metrics(model_dir / "metrics", step),
         config=config,
     )
@@ -182,6 +186,7 @@ def render(
         "origin": _describe_origin,
     }
     environment.filters |= filters
+    has_bytes = card.vocabulary.get("class") == "ByteVocabulary"
     deeper = config.num_decoder_layers > config.num_encoder_layers
     source = importlib.resources.files("t5x_lite.interop").joinpath("model_card.md.j2")
     return environment.from_string(source.read_text("utf-8")).render(
@@ -192,6 +197,9 @@ def render(
         class_name=MODEL_CLASSES[model_class],
         dtype=dtype,
         has_tokenizer=has_tokenizer,
+        has_bytes=has_bytes,
+        # AutoTokenizer refuses a tokenizer that is not of the tokenizers library for UMT5.
+        tokenizer_class="ByT5Tokenizer" if has_bytes else "AutoTokenizer",
         output_scale=output_scale,
         # Its cache has as many layers as the encoder (seen in 4.57 and 5.23).
         generate_options=", use_cache=False" if deeper else "",
@@ -258,7 +266,11 @@ def _describe_ancestor(path: str, model: Mapping[str, Any], settings: Mapping[st
 
 
 def _describe_origin(origin: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_code(value)}" for key, value in origin.items())
+    """Where the weights come from, without the directories of the machine that converted them."""
+    program = {"hf": "Hugging Face's", "t5x": "T5X's"}.get(origin.get("format", ""), "a")
+    name = pathlib.PurePath(str(origin.get("path", ""))).name
+    step = f", step {_format_number(origin['step'])}" if origin.get("step") else ""
+    return f"{program} checkpoint {_code(name)}{step}"
 
 
 def _code(value: Any) -> str:

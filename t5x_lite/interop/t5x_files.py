@@ -21,6 +21,7 @@ from etils import epath
 
 from t5x_lite.errors import UsageError
 from t5x_lite.files import absolute, is_local
+from t5x_lite.interop import recognise
 
 # Those that T5X trains in; float32 holds every value of both.
 CONVERTED_DTYPES = ("float32", "bfloat16")
@@ -89,12 +90,17 @@ def open_checkpoint(path: epath.PathLike) -> StoredCheckpoint:
         return StoredCheckpoint(directory, "legacy", _open_legacy(directory))
     if state_dir is not None:
         return StoredCheckpoint(directory, "orbax", _open_orbax(state_dir))
-    raise UsageError(f"{given}: no T5X checkpoint here; looked for {_LOOKED_FOR}")
+    raise UsageError(
+        f"{given}: no T5X checkpoint here; looked for {_LOOKED_FOR}{recognise.hint(str(given))}"
+    )
 
 
 def _newest_step(directory: epath.Path) -> epath.Path:
     if not directory.is_dir():
-        raise UsageError(f"{directory}: no such directory; give that of a T5X checkpoint")
+        raise UsageError(
+            f"{directory}: no such directory; give that of a T5X checkpoint"
+            f"{recognise.hint(str(directory))}"
+        )
     if (directory / _INDEX).exists() or (directory / _METADATA).exists():
         return directory
     steps = {

@@ -283,10 +283,11 @@ def check_size(vocabulary: ForeignVocabulary, rows: int) -> ForeignVocabulary:
         proto = _ModelProto.FromString(vocabulary.model)
         del proto.pieces[pieces:]
         return _checked(proto, vocabulary.file, pieces)
+    bare = f", or exactly {pieces} without sentinels" if sentinels else ""
     raise UsageError(
         f"{vocabulary.file} has {pieces} pieces and {sentinels} sentinels, but the model's "
         f"embedding has {rows} rows; it is that of another vocabulary: this one needs "
-        f"{pieces + sentinels} rows or more, or exactly {pieces} without sentinels"
+        f"{pieces + sentinels} rows or more{bare}"
     )
 
 
