@@ -21,6 +21,7 @@ from t5x_lite import best, partitioning, run_files, setup
 from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
 from t5x_lite.errors import Failure, UsageError
 from t5x_lite.evaluator import Evaluator
+from t5x_lite.interop import recognise
 from t5x_lite.metrics import MetricWriter, summarize
 from t5x_lite.models import t5
 from t5x_lite.progress import Progress
@@ -126,7 +127,8 @@ def _initial_params(config: TrainConfig, programs: setup.Programs) -> Any:
     try:
         return restore_params(path, programs.abstract_state.params).state
     except UsageError as e:
-        raise UsageError(f"INITIAL_CHECKPOINT_PATH = {path!r}: {e}") from e
+        hint = recognise.hint(path) if run_files.run_of(path) is None else ""
+        raise UsageError(f"INITIAL_CHECKPOINT_PATH = {path!r}: {e}{hint}") from e
 
 
 class _Run(NamedTuple):

@@ -336,6 +336,16 @@ def test_training_goes_on_in_it(convert, tmp_path, name, capsys):
     assert (model_dir / "checkpoints" / "7" / "optimizer").is_dir()
 
 
+def test_training_from_what_is_not_converted(convert, shared_data, tmp_path, capsys):
+    source = str(shared_data / "checkpoints/hf/t5_v11")
+    model_dir = convert("t5_v11")
+    write_text(model_dir)
+    places = {"MODEL_DIR": str(tmp_path / "run"), "INITIAL_CHECKPOINT_PATH": source}
+    files = [f"--gin_file={model_dir / 'model.gin'}", "--gin_file=gin_configs/runs/finetune.gin"]
+    assert main(["train", *files, *run_bindings(model_dir, **places)]) == 2
+    assert f"`python -m t5x_lite convert --from=hf {source} --to=" in capsys.readouterr().err
+
+
 def test_training_in_it_needs_an_optimizer(convert, tmp_path, capsys):
     model_dir = shutil.copytree(convert("t5_v11"), tmp_path / "m")
     write_text(model_dir)

@@ -12,7 +12,7 @@ import seqio
 
 from t5x_lite import gin_utils
 from t5x_lite.__main__ import main
-from tasks import cache, python_docs
+from tasks import cache, python_docs, vocabularies
 
 
 def commands(text: str) -> list[list[str]]:
@@ -156,11 +156,8 @@ def test_readme(repo, shared_data, made, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("T5X_LITE_CACHE", str(cache.cache_dir()))
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(made / "runs", tmp_path / "runs")
-    (tmp_path / "tensorflow_datasets").symlink_to(shared_data / "tfds")
     (tmp_path / "docstrings.txt").write_text("Return the sum of two numbers.\nA pair of numbers.\n")
-    shutil.copytree(shared_data / "checkpoints/hf/t5_v11_sharded", tmp_path / "flan-t5-base")
-    tokenizer = {"tokenizer_class": "ByT5Tokenizer"}
-    (tmp_path / "flan-t5-base" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    put_downloads(tmp_path, shared_data)
     found = commands((repo / "README.md").read_text())
     assert {argv[0] for argv in found} >= {"train", "tasks"}
     vocabulary = shared_data / "vocabs" / "t5_sentencepiece_32000.model"
@@ -176,6 +173,41 @@ def test_readme(repo, shared_data, made, tmp_path, monkeypatch, capfd):
         if argv[:2] == ["tasks", "inspect"]:
             argv = [*argv, "--num_examples=20"]
         assert main(argv) == 0, capfd.readouterr().err
+
+
+def put_downloads(place, shared_data):
+    """What the pages download, as far as a test needs it: small checkpoints, a vocabulary."""
+    words = [f"{a}{b}" for a in "abcdefghijklmnop" for b in "aeiou"]
+    texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    model = vocabularies.train_sentencepiece(texts, vocab_size=190)
+    hf, t5x = (shared_data / "checkpoints" / name for name in ("hf", "t5x"))
+    shutil.copytree(hf / "t5_v11_sharded", place / "flan-t5-base")
+    (place / "flan-t5-base" / "spiece.model").write_bytes(model)
+    (place / "sentencepiece.model").write_bytes(model)
+    checkpoint = t5x / "t5x_legacy_unscanned_v11" / "checkpoint_5"
+    shutil.copytree(checkpoint, place / "t5_1_1_small" / "checkpoint_1000000")
+    (place / "tensorflow_datasets").symlink_to(shared_data / "tfds")
+
+
+def test_convert(repo, shared_data, tmp_path, monkeypatch, capfd):
+    """The page from its first to its last command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put_downloads(tmp_path, shared_data)
+    found = commands((repo / "docs" / "convert.md").read_text())
+    assert [argv[0] for argv in found] == [
+        "convert", "convert", "train", "convert", "train"
+    ]  # fmt: skip
+    for argv in found:
+        if argv[0] == "train":
+            steps = 6 if "pretrain" in " ".join(argv) else 2
+            argv = [*argv, f"--gin.TRAIN_STEPS={steps}", "--gin.BATCH_SIZE=4"]
+            argv = [*argv, "--gin.EVAL_STEPS=1", "--gin.EVAL_NUM_EXAMPLES=4"]
+            argv = [*argv, "--gin.NUM_SAMPLE_PREDICTIONS=1"]
+        assert main(argv) == 0, capfd.readouterr().err
+    assert (tmp_path / "my_task_hf" / "model.safetensors").is_file()
+    assert "glue_sst2_v002" in (tmp_path / "my_task_hf" / "README.md").read_text()
+    assert (tmp_path / "models" / "t5_1_1_small" / "checkpoints" / "6").is_dir()
 
 
 def test_links_lead_somewhere(repo):

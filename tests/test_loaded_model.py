@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -18,12 +19,14 @@ from saved_runs import TINY, make_params, make_run
 from sentencepiece import sentencepiece_model_pb2
 
 import t5x_lite
-from t5x_lite import load_model
+from t5x_lite import load_model, loaded_model
 from t5x_lite.checkpoints import Checkpoints
+from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.step import TrainState
+from t5x_lite.verbs.flags import DECODE_FLAGS
 
 HF_FIXTURES = ["t5_v10", "t5_v11", "umt5"]
 
@@ -280,6 +283,29 @@ def test_parameters_may_be_changed(run_dir):
     model.params = make_params(2)
     expected = load_model(run_dir, 2).score(["a list"], ["a name"])
     assert model.score(["a list"], ["a name"]) == expected != before
+    model.params = jax.tree.map(lambda x: np.asarray(x, np.float64), make_params(2))
+    assert model.score(["a list"], ["a name"]) == expected
+
+
+def test_parameters_of_another_model_cannot_be_set(run_dir):
+    model = load_model(run_dir)
+    own = model.params
+    deeper = t5.init(dataclasses.replace(TINY, num_encoder_layers=2), jax.random.key(0))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), own)
+    embedding = f"float32{[TINY.vocab_size, TINY.d_model]}"
+    for params, message in (
+        (deeper, r"params: encoder/layers/\S+ is float32\[2, .*\], this model's is float32\[1, "),
+        ({**own, "more": np.zeros(3)}, r"params: more is float32\[3\], not of this model"),
+        (half, r"params: \S+ is bfloat16\[.*\], this model's is float32\["),
+        (
+            {name: part for name, part in own.items() if name != "token_embedder"},
+            f"params: token_embedder/embedding is missing, this model's is {re.escape(embedding)}",
+        ),
+        (None, "params: .* is missing"),
+    ):
+        with pytest.raises(UsageError, match=f"^{message}"):
+            model.params = params
+    assert model.params is own
 
 
 def test_too_long_texts_are_cut_and_told(converted):
@@ -337,11 +363,33 @@ def test_beams_that_did_not_end(converted):
         (lambda m: m.encode(["a", None]), TypeError, "input 1 is NoneType, not a string"),
         (lambda m: m.score(["a"], [float("nan")]), TypeError, "target 0 is float"),
         (lambda m: m.score(["a"], ["b", "c"]), ValueError, "1 inputs and 2 targets"),
-        (lambda m: m.tokenize(7), TypeError, "text 0 is int"),
+        (lambda m: m.tokenize(7), TypeError, "takes one text, a string, not int"),
+        (lambda m: m.tokenize(["a"]), TypeError, "takes one text, a string, not list"),
+        (lambda m: m.tokenize("\ud800"), UsageError, "half of a surrogate pair"),
+        (lambda m: setattr(m, "inputs_length", 9), AttributeError, "no attribute 'inputs_length'"),
         (lambda m: m.encode(["a", "\ud800"]), UsageError, "input 1 has half of a surrogate pair"),
         (lambda m: m.generate(["a"], num_beam=2), TypeError, "'num_beam'; did you mean 'num_beams"),
         (lambda m: m.generate(["a"], method="beem"), UsageError, "did you mean 'beam'"),
+        (lambda m: m.generate(["a"], max_len=9), TypeError, "'max_len'; did you mean 'max_length"),
         (lambda m: m.generate(["a"], num_outputs=2), UsageError, "greedy gives at most 1"),
+        (
+            lambda m: m.generate(["a"], num_beams=4, num_outputs=4),
+            UsageError,
+            "^num_beams has no effect on greedy decoding: add method='beam'$",
+        ),
+        (lambda m: m.generate(["a"], beam_rules="t5x"), UsageError, "beam_rules has no effect"),
+        (
+            lambda m: m.generate(["a"], method="beam", temperature=0.5),
+            UsageError,
+            "^temperature has no effect on beam decoding: add method='sample'$",
+        ),
+        (
+            lambda m: m.generate(["a"], max_new_tokens=9),
+            TypeError,
+            "^no argument 'max_new_tokens'; here it is max_length=N$",
+        ),
+        (lambda m: m.generate(["a"], do_sample=True), TypeError, "here it is method='sample'$"),
+        (lambda m: m.generate(["a"], num_return_sequences=2), TypeError, "is num_outputs=N$"),
         (lambda m: m.generate(["a"], max_length=0), UsageError, "max_length = 0: must be at lea"),
         (lambda m: m.generate(["a"], seed=-1), UsageError, "seed = -1: must be from 0"),
     ],
@@ -356,15 +404,31 @@ def test_what_a_model_cannot_do(run_dir, call, error, message):
     ("options", "message"),
     [
         ({"checkpoint": 7}, "no step 7 under .*; there: 2, 1000"),
-        ({"checkpoint": "all"}, "checkpoint = 'all': give one: 'latest', 'best' or a step"),
-        ({"checkpoint": "2,1000"}, "give one"),
-        ({"checkpoint": "lates"}, "did you mean 'latest'"),
+        ({"checkpoint": -1}, "^checkpoint = -1: give 'latest', 'best' or a step$"),
+        ({"checkpoint": "lastest"}, "^checkpoint = 'lastest': give 'latest', 'best' or a step$"),
+        ({"checkpoint": "all"}, "^checkpoint = 'all': give"),
+        ({"checkpoint": "2,1000"}, "^checkpoint = '2,1000': give"),
+        ({"checkpoint": [1000]}, r"^checkpoint = \[1000\]: give"),
+        ({"checkpoint": None}, "^checkpoint = None: give"),
+        ({"checkpoint": True}, "^checkpoint = True: give"),
+        ({"checkpoint": 2.0}, r"^checkpoint = 2\.0: give"),
         ({"mesh": {"modal": 1}}, "no axis 'modal'; did you mean 'model'"),
+        ({"mesh": "model=2"}, "^mesh = 'model=2': give devices along each axis, such as {'data': "),
+        ({"mesh": {"model": "2"}}, "^mesh = {'model': '2'}: give devices"),
+        ({"mesh": {"data": -1, "model": -1}}, "^mesh = .*: give devices"),
     ],
 )
 def test_what_cannot_be_loaded(run_dir, options, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as e:
         load_model(run_dir, **options)
+    assert "\n" not in str(e.value)
+
+
+def test_every_field_of_decoding_belongs_to_a_method_or_to_all():
+    """A field that `generate` does not know would be a KeyError in a notebook."""
+    fields = {field.name for field in dataclasses.fields(DecodeConfig)}
+    assert fields == {"method", "num_outputs", *loaded_model._METHOD_OF}
+    assert DECODE_FLAGS.items() <= loaded_model._METHOD_OF.items()
 
 
 def test_other_directories(shared_data, tmp_path):
@@ -382,6 +446,39 @@ def test_other_directories(shared_data, tmp_path):
         load_model(tmp_path)
     with pytest.raises(UsageError, match="is not a directory"):
         load_model(tmp_path / "nothing")
+    with pytest.raises(TypeError, match=r"^model_dir is NoneType; give a directory's path$"):
+        load_model(None)
+    with pytest.raises(UsageError, match="hf download google/flan-t5-base --local-dir DIR"):
+        load_model("google/flan-t5-base")
+
+
+def test_a_directory_of_t5x_with_a_config_json_is_t5xs(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoint_100").mkdir()
+    with pytest.raises(UsageError, match=r"convert --from=t5x \S+ --to=MODEL_DIR"):
+        load_model(tmp_path)
+
+
+def test_a_checkpoint_in_place_of_its_run(run_dir):
+    with pytest.raises(UsageError) as e:
+        load_model(run_dir / "checkpoints" / "1000")
+    assert f"give '{run_dir}', and 1000 as the checkpoint" in str(e.value)
+
+
+def test_only_warnings_on_stderr(run_dir, repo):
+    """In a plain interpreter, whose environment says nothing of TensorFlow."""
+    code = "import sys\nfrom t5x_lite import load_model\nprint(load_model(sys.argv[1]).step)\n"
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, run_dir],
+        check=True,
+        cwd=repo,
+        env=inherited,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (result.stdout, result.stderr) == ("1000\n", "")
 
 
 def test_import_of_the_package_loads_nothing(repo):

@@ -1,11 +1,14 @@
 """Tables as a source: every type, what is kept, what is resumed, every way they can be wrong."""
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -225,6 +228,36 @@ def test_a_run_knows_that_its_table_has_changed(tmp_path):
     assert before and before == names()
     _write(path, {"text": ["one", "two", "three"], "label": [0, 1, 1]})
     assert names() != before
+    _write(path, {"text": ["one", "two"], "label": [False, True]})
+    assert names() != before
+
+
+def test_the_same_table_elsewhere_is_the_same_to_a_run(tmp_path, monkeypatch, many_shards):
+    """A copy with a time, a path and row groups of its own, converted by another host."""
+    [path] = many_shards.prepare("train").shards[:1]
+    expected = [pathlib.Path(shard).name for shard in many_shards.list_shards("train")]
+    assert len(set(expected)) > 20 and pathlib.Path(path).name == expected[0]
+    monkeypatch.setenv("T5X_LITE_CACHE", str(tmp_path / "other_cache"))
+    copy = _write(tmp_path / "copy.parquet", row_group_size=100)
+    os.utime(copy, ns=(1, 1))
+    found = TableSource({"train": copy}).list_shards("train")
+    assert [pathlib.Path(shard).name for shard in found] == expected
+    assert all(str(tmp_path / "other_cache") in shard for shard in found)
+
+
+def test_a_position_is_good_for_what_is_converted_again(tmp_path, cache, monkeypatch):
+    """The file has a new time and the cache is gone; the batches are those that come next."""
+    monkeypatch.setattr(tables, "WINDOW_BYTES", 2000)
+    path = _write(tmp_path / "a.parquet")
+    batches = train_batches(path)
+    digests(batches, 3)
+    position = batches.position()
+    expected = digests(batches, 10)
+    shutil.rmtree(cache)
+    os.utime(path, ns=(1, 1))
+    again = train_batches(path)
+    again.restore(position)
+    assert digests(again, 10) == expected
 
 
 def test_shards_that_were_deleted_are_made_again(tmp_path, cache):
@@ -451,6 +484,35 @@ def test_what_is_no_table():
     for table, name in ((3, "int"), ([1], "list"), ([], "list"), (lambda: {"a": 1}, "dict")):
         message = _error(table)
         assert message.startswith(f"split 'train' of the table is {name}; it must be a Parquet")
+
+
+@pytest.mark.parametrize(
+    ("splits", "found"),
+    [
+        ("a.parquet", "str"),
+        (None, "NoneType"),
+        (pa.table({"a": [1]}), "Table"),
+        ({}, "an empty one"),
+    ],
+)
+def test_what_is_no_dict_of_splits(splits, found):
+    message = f"TableSource takes a dict of splits, {{'train': TABLE, ...}}; found {found}"
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        TableSource(splits)
+
+
+def test_function_that_takes_arguments(tmp_path):
+    path = _write(tmp_path / "a.parquet")
+
+    def load(split):
+        return path
+
+    message = (
+        "split 'train' of the table: load is called without arguments, but missing a required "
+        "argument: 'split'; give `lambda: load('train')`, or a function that takes none"
+    )
+    assert _error(load) == message
+    assert _texts(lambda: load("train")) == _texts(functools.partial(load, "train")) == TEXTS
 
 
 def test_library_that_is_not_installed(tmp_path, monkeypatch):

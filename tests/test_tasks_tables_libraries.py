@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 from test_tasks_tables import LABELS, NUM_ROWS, TEXTS, _error, _made, _rows, _texts, _write
 
+from t5x_lite.errors import UsageError
 from tasks import tables
 from tasks.tables import TableSource
 
@@ -97,8 +98,13 @@ def test_frame_errors(pd):
     assert "row 1 (from 0): column 'size' has no value (null)" in _error(frame, ["size"])
     message = f"{where} has no column 'texts'; did you mean 'text'?"
     assert _error(frame, ["texts"]) == message
-    assert f"{where}: " in _error(pd.DataFrame({"x": ["a", 1]}))
-    assert "column x" in _error(pd.DataFrame({"x": ["a", 1]}))
+    mixed = pd.DataFrame({"n": [1, 2.5, 2.5], "x": ["a", 1, None]}, dtype=object)
+    assert _error(mixed) == f"{where}: column 'x' holds str and int; make it one type"
+    nested = pd.DataFrame({"n": [1, 2], "x": [["a"], [1]]})
+    assert _error(nested).startswith(f"{where}: column 'x': ")
+    assert f"{where}: column 'x': " in _error(pd.DataFrame({"x": [1, 2**70]}))
+    with pytest.raises(UsageError, match=r"takes a dict of splits, .*; found DataFrame$"):
+        TableSource(frame)
     assert _error(frame[:0]) == "split 'train' of the table has no rows"
     twice = pd.DataFrame([[1, 2]], columns=["x", "x"])
     assert _error(twice) == f"{where} has 2 columns of the name 'x'"
@@ -130,6 +136,8 @@ def test_data_set(datasets, cache):
     assert len(_made(cache)) == 2 * len(before)
     message = "the data set of split 'train' has no column 'lable'; did you mean 'label'?"
     assert _error(whole, ["lable"]) == message
+    with pytest.raises(UsageError, match=r"takes a dict of splits, .*; found Dataset$"):
+        TableSource(whole)
 
 
 def test_data_set_dict_is_a_mapping_of_splits(datasets, tmp_path):
@@ -173,7 +181,7 @@ def test_stream_is_consumed_once_and_known_by_what_it_held(datasets, cache, monk
     before = _made(cache)
     assert source(NUM_ROWS).list_shards("train") == first.list_shards("train")
     assert set(_made(cache)) == set(before)
-    assert source(900).list_shards("train")[0] not in first.list_shards("train")
+    assert source(900).list_shards("train")[-1] not in first.list_shards("train")
 
 
 _LOAD = """

@@ -119,6 +119,24 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert _texts(files, "train") == ["new text"]
 
 
+def test_shards_are_named_by_what_they_hold(tmp_path, monkeypatch):
+    """A copy under another name and of another time has those of the original on any host."""
+    monkeypatch.setattr(conversion, "SHARD_BYTES", 1000)
+
+    def names(path) -> list[str]:
+        splits = text_files.prepare(TextFiles(str(path), validation_share=0.1))
+        return [os.path.basename(s) for split in splits.values() for s in split.shards]
+
+    _write(tmp_path / "a.txt", DOCUMENTS)
+    expected = names(tmp_path / "a.txt")
+    assert len(set(expected)) > 4
+    monkeypatch.setenv("T5X_LITE_CACHE", str(tmp_path / "other_cache"))
+    _write(tmp_path / "copy.txt.gz", DOCUMENTS)
+    assert names(tmp_path / "copy.txt.gz") == expected
+    _write(tmp_path / "moved.txt", [*DOCUMENTS[1:], DOCUMENTS[0]])
+    assert names(tmp_path / "moved.txt") != expected
+
+
 def test_long_files_become_several_shards_which_hosts_share(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "SHARD_BYTES", 1000)
     _write(tmp_path / "a.txt", DOCUMENTS)
