@@ -1,18 +1,12 @@
 """The `convert` verb: other programs' checkpoints into a MODEL_DIR, and a MODEL_DIR out.
 
-Nothing of a MODEL_DIR is seen before all of it is there: it is made beside its place, or in a
-temporary directory where its place is an object store, and then moved.
+Nothing of either is seen before all of it is there.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import shlex
-import shutil
-import tempfile
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,11 +15,11 @@ from etils import epath
 
 from t5x_lite import checkpoints, files, run_files, saved_run
 from t5x_lite.errors import Failure, UsageError
-from t5x_lite.integrity import list_files
 from t5x_lite.interop import (
     hf_read,
     hf_write,
     model_card,
+    new_directory,
     recognise,
     step_io,
     t5x_read,
@@ -41,6 +35,9 @@ FEATURE_LENGTHS = {"inputs": 512, "targets": 114}
 
 # Fields of T5Config that a run sets, as its gin files do.
 _THE_RUNS_OWN = ("dropout_rate", "dtype", "scan_layers", "remat_policy")
+
+# Of the embedding of mT5 in every size, and of no other model: T5X's do not say what they are.
+_MT5_ROWS = 250_112
 
 _READERS = {"hf": hf_read.open_hf, "t5x": t5x_read.open_t5x}
 
@@ -62,18 +59,20 @@ def import_checkpoint(
         fit the model. Nothing is left in `model_dir`.
       Failure: it cannot be written.
     """
-    _check_free(model_dir)
+    new_directory.check(model_dir)
     if recognise.is_address(path):
         raise UsageError(f"no directory {path!r}{recognise.hint(path)}")
     source = _READERS[format](path)
     words = _vocabulary(format, path, vocabulary)
     words = vocabularies.check_size(words, source.model.vocab_size)
     _check_tree(source)
-    with _appearing(model_dir) as staging:
+    parts = _checkpointables(source)
+    num_bytes = sum(tensor.num_bytes for part in parts.values() for tensor in part.values())
+    with new_directory.appearing(model_dir, num_bytes, run_files.MODEL_FILE) as staging:
         files.write_atomically(staging / run_files.MODEL_GIN, _model_gin(source, model_dir))
         if words.model is not None:
             files.write_atomically(staging / run_files.VOCABULARY_FILE, words.model)
-        step_io.write_step(staging / "checkpoints" / str(source.step), _checkpointables(source))
+        step_io.write_step(staging / "checkpoints" / str(source.step), parts)
         num_parameters = t5.num_parameters(source.model)
         description = {
             "architecture": {"family": "t5", **source.model.to_dict()},
@@ -112,46 +111,51 @@ def export_checkpoint(
       CheckpointError: the checkpoint is damaged.
       Failure: it cannot be written. Nothing is left in `directory`.
     """
-    _check_free(directory)
+    if not files.is_local(directory):
+        raise UsageError(
+            f"{directory!r} is not on a local disk: convert to one, and copy from there"
+        )
+    new_directory.check(directory)
     run = saved_run.read(model_dir)
     if checkpoint == "all" or "," in checkpoint:
         raise UsageError(f"--checkpoint={checkpoint}: give one: latest, best or a step")
     (step,) = saved_run.checkpoint_steps(run, checkpoint)
     step_dir = run.model_dir / "checkpoints" / str(step)
-    checkpoints.require_intact(step_dir, "params/")
+    if checkpoint != "latest":  # which is the newest that is intact
+        checkpoints.require_intact(step_dir, "params/")
     shapes = jax.eval_shape(lambda key: t5.init(run.model, key), jax.random.key(0))
     model_class = _model_class(run.model, run.converted_from)
     if dtype is None:
         dtype = _default_dtype(run, step, model_class)
     path = run.model_dir / run_files.VOCABULARY_FILE
     words = path.read_bytes() if path.exists() else None
-    hf_write.write_hf(
-        directory,
-        run.model,
-        step_io.read_params(step_dir, shapes),
-        model_class=model_class,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        tokenizer_files=vocabularies.tokenizer_files(words, run.model.vocab_size),
-        card=model_card.read_card(
-            run.model_dir, step, is_untouched=saved_run.is_untouched(run, step)
-        ),
-    )
+    card = model_card.read_card(run.model_dir, step, is_untouched=saved_run.is_untouched(run, step))
+    try:
+        hf_write.write_hf(
+            directory,
+            run.model,
+            step_io.read_params(step_dir, shapes),
+            model_class=model_class,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            tokenizer_files=vocabularies.tokenizer_files(words, run.model.vocab_size),
+            card=card,
+        )
+    except (OSError, ValueError, Failure) as e:
+        if step_dir.exists():
+            raise
+        raise Failure(
+            f"step {step} of {model_dir} has gone while it was read: a run trains there"
+        ) from e
     print(f"step {step} of {model_dir} is in {directory}: {model_class}, {dtype}")
-
-
-def _check_free(directory: str) -> None:
-    path = epath.Path(directory)
-    if path.exists() and not (path.is_dir() and next(iter(path.iterdir()), None) is None):
-        raise UsageError(f"--to: {directory!r} is there already; give a directory that is not")
-    run_files.check_writable(directory)
 
 
 def _model_class(model: T5Config, origin: Mapping[str, Any]) -> str:
     """Which of transformers' classes the model is."""
     if model.relative_bias_per_layer:
         return "umt5"
-    return "mt5" if origin.get("model_type") == "mt5" else "t5"
+    is_mt5 = origin.get("model_type") == "mt5" or model.vocab_size == _MT5_ROWS
+    return "mt5" if is_mt5 else "t5"
 
 
 def _default_dtype(run: saved_run.SavedRun, step: int, model_class: str) -> str:
@@ -212,7 +216,7 @@ def _checkpointables(source: Source) -> dict[str, Mapping[str, Tensor]]:
 
 def _model_gin(source: Source, model_dir: str) -> bytes:
     """The architecture, and what continues its optimizer, as a gin file for `train`."""
-    lines = [f"# The architecture of {source.origin['path']}, as converted to {model_dir}.", ""]
+    lines = [f"# The architecture of {source.origin['path']!r}, as converted to {model_dir!r}.", ""]
     for field in dataclasses.fields(source.model):
         if field.name not in _THE_RUNS_OWN:
             lines.append(f"T5Config.{field.name} = {getattr(source.model, field.name)!r}")
@@ -224,61 +228,29 @@ def _model_gin(source: Source, model_dir: str) -> bytes:
     return "\n".join([*lines, ""]).encode()
 
 
-@contextlib.contextmanager
-def _appearing(directory: str) -> Iterator[epath.Path]:
-    """A directory to fill, which has its name when all is done and is gone if anything fails."""
-    target = epath.Path(directory)
-    local = files.is_local(directory)
-    if local:
-        staging = target.with_name(f".{target.name}.incomplete-{uuid.uuid4().hex[:8]}")
-    else:
-        staging = epath.Path(tempfile.mkdtemp())
-    staging = files.absolute(staging)
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        yield staging
-        if not local:
-            _upload(staging, target)
-        else:
-            if target.exists():
-                os.rmdir(target)
-            os.rename(staging, target)
-    except OSError as e:
-        raise Failure(f"{directory!r} cannot be written: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _upload(staging: epath.Path, target: epath.Path) -> None:
-    """Copies to an object store; `model.json`, without which it is no run, last."""
-    try:
-        for name in sorted(list_files(staging), key=run_files.MODEL_FILE.__eq__):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).copy(target / name)
-    except BaseException:
-        if target.exists():
-            target.rmtree()
-        raise
-
-
 def _print_imported(
     source: Source, num_parameters: int, model_dir: str, vocabulary_file: str
 ) -> None:
     print(f"{num_parameters:,} parameters of {source.origin['path']} are in {model_dir}")
     if source.optimizer is not None:
         print(
-            f"with its optimizer: `train` with --gin.MODEL_DIR={shlex.quote(repr(model_dir))} goes "
-            f"on from step {source.step}"
+            f"with its optimizer: `train` with {_gin_flag('MODEL_DIR', model_dir)} goes on from "
+            f"step {source.step}"
         )
     elif "optimizer" in source.origin:
         print(f"without its optimizer: {source.origin['optimizer']}")
     flags = [
         f"--gin_file={model_dir}/{run_files.MODEL_GIN}",
         "--gin_file=gin_configs/runs/finetune.gin",
-        f"--gin.INITIAL_CHECKPOINT_PATH={model_dir!r}",
-        f"--gin.VOCABULARY_FILE={vocabulary_file!r}",
     ]
-    print(
-        f"to fine-tune it: python -m t5x_lite train {shlex.join(flags)}, with a task, its lengths, "
-        "steps and another MODEL_DIR"
-    )
+    bindings = {"INITIAL_CHECKPOINT_PATH": model_dir, "VOCABULARY_FILE": vocabulary_file}
+    command = [*map(shlex.quote, flags), *(_gin_flag(*binding) for binding in bindings.items())]
+    print("to fine-tune it, with a task, its lengths, steps and another MODEL_DIR:")
+    print(f"  python -m t5x_lite train {' '.join(command)}")
+
+
+def _gin_flag(name: str, value: str) -> str:
+    """As the pages write it, if a shell takes it so."""
+    if shlex.quote(value) == value:
+        return f"--gin.{name}=\"'{value}'\""
+    return shlex.quote(f"--gin.{name}={value!r}")

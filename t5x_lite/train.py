@@ -82,6 +82,11 @@ def train(config: TrainConfig, config_text: str) -> None:
                 data.train.restore(restored.input_state)
             elif start != run_files.converted_step(model_dir):  # else: the data from its beginning
                 raise UsageError(f"the checkpoint of step {start} has no input position")
+            elif start >= config.train_steps:
+                raise UsageError(
+                    f"TRAIN_STEPS = {config.train_steps}: the converted checkpoint in "
+                    f"{config.model_dir!r} is of step {start}, and they count from its first"
+                )
             if wrap_up.is_finished(model_dir, config, start):
                 print(f"the run is complete: step {start} of {config.train_steps}")
                 wrap_up.print_places(model_dir)
@@ -113,17 +118,21 @@ def _first_state(
     Precedence: the newest intact checkpoint of this run, else the parameters of
     INITIAL_CHECKPOINT_PATH, else T5's initialisers.
     """
-    restored = checkpoints.restore_latest(programs.abstract_state)
+    try:
+        restored = checkpoints.restore_latest(programs.abstract_state)
+    except UsageError as e:
+        if run_files.converted_step(epath.Path(config.model_dir)) is None:
+            raise
+        raise UsageError(f"{e}; {run_files.MODEL_GIN} beside it has what it was made with") from e
     if restored is not None:
         return restored.state, restored
     state = programs.init(jax.random.fold_in(key, 0))
     if config.initial_checkpoint_path is not None:
-        state = state._replace(params=_initial_params(config, programs))
+        state = state._replace(params=_initial_params(config.initial_checkpoint_path, programs))
     return state, None
 
 
-def _initial_params(config: TrainConfig, programs: setup.Programs) -> Any:
-    path = config.initial_checkpoint_path
+def _initial_params(path: str, programs: setup.Programs) -> Any:
     try:
         return restore_params(path, programs.abstract_state.params).state
     except UsageError as e:
@@ -347,7 +356,7 @@ def dry_run(config: TrainConfig) -> None:
     programs = setup.make_programs(config, compile_train_step=False)
     data = setup.open_input(config)
     if config.initial_checkpoint_path is not None:
-        _initial_params(config, programs)
+        _initial_params(config.initial_checkpoint_path, programs)
         run_files.check_initial_vocabulary(config.initial_checkpoint_path, data)
     batch = next(data.train)
     table = partitioning.describe(programs.abstract_state, programs.state_axes)

@@ -336,6 +336,25 @@ def test_training_goes_on_in_it(convert, tmp_path, name, capsys):
     assert (model_dir / "checkpoints" / "7" / "optimizer").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("bindings", "said"),
+    [
+        ({"TRAIN_STEPS": 5}, "TRAIN_STEPS = 5: the converted checkpoint"),
+        ({"OptimizerConfig.name": "adamw"}, "; model.gin beside it has what it was made with"),
+    ],
+    ids=["steps that are made", "another optimizer"],
+)
+def test_training_in_it_as_it_cannot_go_on(convert, tmp_path, capsys, bindings, said):
+    model_dir = shutil.copytree(convert("t5x_legacy_unscanned_v10"), tmp_path / "m")
+    write_text(model_dir)
+    files = [f"--gin_file={model_dir / 'model.gin'}", "--gin_file=gin_configs/runs/pretrain.gin"]
+    flags = run_bindings(model_dir, MODEL_DIR=str(model_dir), **{"TRAIN_STEPS": 7} | bindings)
+    assert main(["train", *files, *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (model_dir / "config.gin").exists()
+
+
 def test_training_from_what_is_not_converted(convert, shared_data, tmp_path, capsys):
     source = str(shared_data / "checkpoints/hf/t5_v11")
     model_dir = convert("t5_v11")

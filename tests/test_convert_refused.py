@@ -5,14 +5,14 @@ import os
 import pathlib
 import shutil
 import struct
+import types
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from t5x_lite import convert as convert_room
 from t5x_lite.__main__ import main
-from t5x_lite.interop import step_io
+from t5x_lite.interop import new_directory, step_io
 
 
 def refused(capfd, *argv: str, code: int = 2) -> str:
@@ -227,17 +227,60 @@ def test_a_damaged_checkpoint_is_not_given_out(hf, tmp_path, capfd):
 def test_an_object_store_gets_its_model_last(hf, tmp_path, monkeypatch):
     """Without `model.json` a directory is no run, so a copy that was cut off is none."""
     copied = []
-    monkeypatch.setattr(convert_room.files, "is_local", lambda path: "bucket" not in str(path))
-    copy = type(convert_room.epath.Path("x")).copy
+    for room in (new_directory, step_io):
+        monkeypatch.setattr(room, "is_local", lambda path: "bucket" not in str(path))
+    path_class = type(new_directory.epath.Path("x"))
+    copy = path_class.copy
 
     def noted(self, target, *args, **kwargs):
         copied.append(pathlib.Path(target).name)
         return copy(self, target, *args, **kwargs)
 
-    monkeypatch.setattr(type(convert_room.epath.Path("x")), "copy", noted)
+    monkeypatch.setattr(path_class, "copy", noted)
     place = tmp_path / "bucket" / "m"
     argv = ["convert", "--from=hf", str(hf), f"--to={place}", "--vocabulary=bytes"]
     assert main(argv) == 0
     assert copied[-1] == "model.json" and len(copied) == len(
         [path for path in place.rglob("*") if path.is_file()]
     )
+
+
+@pytest.mark.parametrize("name", ["p%41", "p#1", "p?x=1", "it's a model"])
+def test_a_path_is_not_a_url(hf, tmp_path, capfd, name):
+    """ "p%41" beside "pA": the parameters of the one that was asked for."""
+    other = shutil.copytree(hf, tmp_path / "other")
+    for path in other.glob("*.safetensors"):
+        tensors = {k: x + 1 for k, x in safetensors.numpy.load_file(path).items()}
+        safetensors.numpy.save_file(tensors, path)
+    for source, place in ((other, "pA"), (hf, name)):
+        argv = ["--from=hf", str(source), f"--to={tmp_path / place}", "--vocabulary=bytes"]
+        assert main(["convert", *argv]) == 0
+    assert main(["convert", str(tmp_path / name), "--to=hf", str(tmp_path / "out")]) == 0
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for path in hf.glob("*.safetensors"):
+        for key, expected in safetensors.numpy.load_file(path).items():
+            assert np.array_equal(found[key], expected)
+
+
+def test_where_nothing_can_be_put(hf, tmp_path, capfd, monkeypatch):
+    argv = ["--from=hf", str(hf), "--vocabulary=bytes"]
+    (tmp_path / "file").write_text("x")
+    assert "is not a directory" in refused(capfd, *argv, f"--to={tmp_path / 'file' / 'm'}")
+    monkeypatch.setattr(new_directory.os.path, "ismount", lambda path: path.name == "volume")
+    assert "a disk is mounted" in refused(capfd, *argv, f"--to={tmp_path / 'volume'}")
+    few = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(new_directory.shutil, "disk_usage", lambda path: few)
+    assert "only 0.00 GB are free" in refused(capfd, *argv, f"--to={tmp_path / 'm'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]
+
+
+def test_places_that_are_there_and_empty(hf, tmp_path, monkeypatch):
+    """A symbolic link to one, and the current directory."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (str(tmp_path / "link"), "."):
+        assert main(["convert", "--from=hf", str(hf), f"--to={place}", "--vocabulary=bytes"]) == 0
+    assert (tmp_path / "real" / "model.json").is_file() and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "here" / "model.json").is_file()

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from t5x_lite import integrity
+from t5x_lite.errors import Failure
 from t5x_lite.files import absolute, is_local
 from t5x_lite.interop.tensors import Tensor
 
@@ -41,12 +42,13 @@ def write_step(step_dir: epath.Path, checkpointables: Mapping[str, Mapping[str, 
       checkpointables: "params" and perhaps "optimizer": tensors by path, "encoder/layers/...".
 
     Raises:
-      OSError: it cannot be written. What was written is left.
+      Failure: a tensor cannot be read.
+      OSError, ValueError: it cannot be written. What was written is left.
     """
     for name, tensors in checkpointables.items():
         scratch = step_dir / f"{name}.incomplete"
         for group in _groups(tensors):
-            arrays = {path: _place(tensor) for path, tensor in group.items()}
+            arrays = {path: _place(path, tensor) for path, tensor in group.items()}
             with _saving_context(arrays):
                 ocp.partial.save(scratch, _nest(arrays))
             del arrays
@@ -71,7 +73,8 @@ def read_params(step_dir: epath.Path, shapes: Any) -> dict[str, Tensor]:
     base = absolute(step_dir / "params")
     metadata = json.loads((base / "_METADATA").read_text())
     driver = "zarr3" if metadata["use_zarr3"] else "zarr"
-    root = f"file://{base}/" if is_local(base) else f"{base}/"
+    # Not a URL for a local path, in which "%41" would be another directory.
+    root = {"driver": "file", "path": f"{base}/"} if is_local(base) else f"{base}/"
 
     def read(path: str, start: int, stop: int) -> np.ndarray:
         place = {"driver": "ocdbt", "base": root, "path": path.replace("/", ".")}
@@ -105,19 +108,26 @@ def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield group
 
 
-def _place(tensor: Tensor) -> jax.Array:
+def _place(path: str, tensor: Tensor) -> jax.Array:
     """The tensor in the host's memory, divided along its leading axis over the CPU devices."""
     if not tensor.shape:
-        return jax.device_put(tensor.read(0, 1), jax.devices("cpu")[0])
+        return jax.device_put(_read(path, tensor, 0, 1), jax.devices("cpu")[0])
     devices = jax.devices("cpu")
     count = _num_parts(tensor, len(devices))
     size = tensor.shape[0] // count
     parts = []
     for i, device in enumerate(devices[:count]):
-        part = jax.device_put(tensor.read(i * size, (i + 1) * size), device)
+        part = jax.device_put(_read(path, tensor, i * size, (i + 1) * size), device)
         parts.append(part.block_until_ready())  # or the rows wait in memory for their copy
     sharding = NamedSharding(Mesh(np.array(devices[:count]), ("rows",)), PartitionSpec("rows"))
     return jax.make_array_from_single_device_arrays(tensor.shape, sharding, parts)
+
+
+def _read(path: str, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    try:
+        return tensor.read(start, stop)
+    except OSError as e:
+        raise Failure(f"the source of {path} cannot be read: {e}") from e
 
 
 def _num_parts(tensor: Tensor, most: int) -> int:

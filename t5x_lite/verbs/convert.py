@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import signal
+from collections.abc import Iterator
 
 from t5x_lite.errors import UsageError
 from t5x_lite.verbs.flags import given, parser_of
@@ -55,6 +57,7 @@ def run(argv: list[str]) -> int:
     # After `--to=` a shell leaves "~" as it is.
     paths = [os.path.expanduser(path) for path in arguments.paths]
     model_dir = os.path.expanduser(arguments.to)
+    vocabulary = arguments.vocabulary and os.path.expanduser(arguments.vocabulary)
     if arguments.to == "hf":
         if arguments.from_ is not None or arguments.vocabulary is not None:
             raise UsageError(
@@ -75,19 +78,29 @@ def run(argv: list[str]) -> int:
         _check_num_paths(paths, f"--from={arguments.from_} PATH --to=MODEL_DIR", 1)
     import jax
 
+    jax.config.update("jax_platforms", "cpu")  # an accelerator, which may be in use, does nothing
     with contextlib.suppress(RuntimeError):  # JAX has begun with the devices it found
         jax.config.update("jax_num_cpu_devices", _NUM_DEVICES)
     from t5x_lite import setup
 
     with setup.without_native_notes():
         from t5x_lite import convert
-    if arguments.to == "hf":
-        convert.export_checkpoint(*paths, **outward)
-    else:
-        convert.import_checkpoint(
-            arguments.from_, paths[0], model_dir, vocabulary=arguments.vocabulary
-        )
+    with _interrupted_by_sigterm():
+        if arguments.to == "hf":
+            convert.export_checkpoint(*paths, **outward)
+        else:
+            convert.import_checkpoint(arguments.from_, paths[0], model_dir, vocabulary=vocabulary)
     return 0
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C, so that what is half written goes."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_num_paths(paths: list[str], form: str, count: int) -> None:
@@ -97,7 +110,7 @@ def _check_num_paths(paths: list[str], form: str, count: int) -> None:
 
 def _parse_size(text: str) -> int:
     """`"5GB"` in bytes; UsageError if it is no size."""
-    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
     if not match or not int(match[1]):
         raise UsageError(f"--max_shard_size={text}: give a size like 5GB or 500MB")
     return int(match[1]) * _UNITS[match[2]]
