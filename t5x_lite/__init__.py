@@ -17,6 +17,9 @@ def __getattr__(name: str) -> Any:
     if name != "load_model":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from t5x_lite.loaded_model import load_model
+    from t5x_lite.setup import without_native_notes
+
+    with without_native_notes():
+        from t5x_lite.loaded_model import load_model
 
     return load_model

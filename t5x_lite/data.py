@@ -36,6 +36,8 @@ Provider: TypeAlias = seqio.Task | seqio.Mixture
 # Evaluation draws the same noise at every step and in every run.
 EVAL_SEED = 42
 
+_user_module: str | None = None  # for the message of a name that is not registered
+
 
 def configure(config: DataConfig) -> None:
     """Lets `tasks` know the files that the configuration names, and imports the user's module.
@@ -67,7 +69,15 @@ def import_module(module: str | None) -> None:
     Raises:
       UsageError: it cannot be imported.
     """
+    global _user_module
+    _user_module = module
     if module is not None:
+        if module.endswith(".py"):
+            dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+            raise UsageError(
+                f"MIXTURE_OR_TASK_MODULE = {module!r} is a file; did you mean the module "
+                f"{dotted!r}?"
+            )
         try:
             importlib.import_module(module)
         except ImportError as e:
@@ -84,9 +94,10 @@ def get_provider(name: str) -> Provider:
     """
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     if name not in known:
+        hint = "; is MIXTURE_OR_TASK_MODULE (--module) missing?" if _user_module is None else ""
         raise UsageError(
             f"MIXTURE_OR_TASK_NAME = {name!r} is not registered; {nearest(name, known)} "
-            "(`python -m t5x_lite tasks list` shows all)"
+            f"(`python -m t5x_lite tasks list` shows all){hint}"
         )
     return seqio.get_mixture_or_task(name)
 

@@ -9,24 +9,36 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from t5x_lite import partitioning, saved_run
-from t5x_lite.decoding import NO_BEAM, DecodeConfig
+from t5x_lite.decoding import METHODS, NO_BEAM, DecodeConfig
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.infer_inputs import encode as spell
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.predict import Predictor
-from t5x_lite.run_files import MODEL_FILE
 from t5x_lite.saved_run import SavedRun
 from tasks import vocabularies
 
 # Rows of a batch: few sizes, so that few programs are compiled, and one text does not wait for 32.
 _BATCH_SIZES = (1, 8, 32)
 _DECODE_FIELDS = [field.name for field in dataclasses.fields(DecodeConfig)]
+_ARGUMENTS = [*_DECODE_FIELDS, "max_length", "seed", "return_scores"]
+# The fields of `DecodeConfig` that belong to one method.
+_METHOD_OF = {
+    **dict.fromkeys(("num_beams", "length_penalty", "beam_rules"), "beam"),
+    **dict.fromkeys(("temperature", "top_k", "top_p"), "sample"),
+}
+# What `generate` of transformers calls it.
+_OUR_NAMES = {
+    "max_new_tokens": "max_length=N",
+    "do_sample": "method='sample'",
+    "num_return_sequences": "num_outputs=N",
+}
 
 
 def load_model(
@@ -44,17 +56,36 @@ def load_model(
     Raises:
       UsageError: there is no such model or checkpoint, or the mesh does not fit.
       CheckpointError: the checkpoint is damaged.
+      TypeError: `model_dir` is not a path.
     """
-    path = epath.Path(model_dir)
-    if not (path / MODEL_FILE).is_file():
-        _refuse_foreign(path)
-    run = saved_run.read(path)
-    which = str(checkpoint)
-    if which == "all" or "," in which:
-        raise UsageError(f"checkpoint = {checkpoint!r}: give one: 'latest', 'best' or a step")
+    if not isinstance(model_dir, str | os.PathLike):
+        raise TypeError(f"model_dir is {type(model_dir).__name__}; give a directory's path")
+    which = _check_checkpoint(checkpoint)
+    _check_mesh(mesh)
+    run = saved_run.read(model_dir)
     [step] = saved_run.checkpoint_steps(run, which)
     devices = partitioning.make_mesh(mesh)
     return LoadedModel(run, step, saved_run.load_params(run, step, devices), devices)
+
+
+def _check_checkpoint(checkpoint: object) -> str:
+    """`checkpoint` as `saved_run.checkpoint_steps` takes it."""
+    if isinstance(checkpoint, str | int | np.integer) and not isinstance(checkpoint, bool):
+        which = str(checkpoint)
+        if which in ("latest", "best") or which.isdecimal():
+            return which
+    raise UsageError(f"checkpoint = {checkpoint!r}: give 'latest', 'best' or a step")
+
+
+def _check_mesh(mesh: object) -> None:
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mapping) or not all(
+        isinstance(n, int) and n >= 1 for n in mesh.values()
+    ):
+        raise UsageError(
+            f"mesh = {mesh!r}: give devices along each axis, such as {{'data': 4, 'model': 2}}"
+        )
 
 
 class LoadedModel:
@@ -71,6 +102,7 @@ class LoadedModel:
 
     Attributes:
       params: nested dict of float32 arrays, layers stacked on the first axis; see `models.t5`.
+        Others of the same names and shapes may be set.
       config: the architecture.
       vocabulary: a `seqio.Vocabulary`.
       step: of the checkpoint.
@@ -80,8 +112,14 @@ class LoadedModel:
       target_length: the same of a target.
     """
 
+    # Any other name that is set is a mistyped one.
+    __slots__ = (
+        *("_mesh", "_params", "config", "input_length", "model_dir", "step", "target_length"),
+        "vocabulary",
+    )
+
     def __init__(self, run: SavedRun, step: int, params: t5.Params, mesh: Mesh):
-        self.params = params
+        self._params = params
         self.config: T5Config = run.model
         self.vocabulary = run.vocabulary
         self.step = step
@@ -97,6 +135,21 @@ class LoadedModel:
             f"d_model {config.d_model}, {self.num_parameters:,} parameters; "
             f"step {self.step:,} of {self.model_dir!r})"
         )
+
+    @property
+    def params(self) -> t5.Params:
+        return self._params
+
+    @params.setter
+    def params(self, params: t5.Params) -> None:
+        """Raises UsageError if names, shapes or dtypes are not this model's."""
+        found, expected = _describe(params), _describe(self._params)
+        for name in [*expected, *found]:
+            one, other = found.get(name, "missing"), expected.get(name, "unknown")
+            if one != other:
+                wanted = f"this model's is {other}" if name in expected else "not of this model"
+                raise UsageError(f"params: {name} is {one}, {wanted}")
+        self._params = params
 
     @property
     def num_parameters(self) -> int:
@@ -133,12 +186,18 @@ class LoadedModel:
           length penalty. Where fewer beams have ended than were asked for, "" and -inf.
 
         Raises:
-          UsageError: a value that decoding cannot follow.
+          UsageError: a value that decoding cannot follow, or a field of another method.
           TypeError: `texts` are not strings, or an unknown argument.
         """
         for name in how:
+            if name in _OUR_NAMES:
+                raise TypeError(f"no argument {name!r}; here it is {_OUR_NAMES[name]}")
             if name not in _DECODE_FIELDS:
-                raise TypeError(f"no argument {name!r}; {nearest(name, _DECODE_FIELDS)}")
+                raise TypeError(f"no argument {name!r}; {nearest(name, _ARGUMENTS)}")
+            if method in METHODS and method != _METHOD_OF[name]:
+                raise UsageError(
+                    f"{name} has no effect on {method} decoding: add method={_METHOD_OF[name]!r}"
+                )
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed = {seed}: must be from 0 to 2^32 - 1")
         decode = DecodeConfig(method=method, num_outputs=num_outputs, **how)
@@ -183,6 +242,8 @@ class LoadedModel:
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, with the end mark; of any length."""
+        if not isinstance(text, str):
+            raise TypeError(f"tokenize takes one text, a string, not {type(text).__name__}")
         [(ids, _)] = spell(self.vocabulary, _strings("text", [text]), sys.maxsize)
         return ids.tolist()
 
@@ -229,15 +290,11 @@ def _strings(what: str, texts: Iterable[str]) -> list[str]:
     return texts
 
 
-def _refuse_foreign(path: epath.Path) -> None:
-    """Raises UsageError for a checkpoint of another program, naming the command to convert it."""
-    kind = None
-    if (path / "config.json").is_file():
-        kind, name = "hf", "Hugging Face"
-    elif (path / "checkpoint").is_file() or (path / "state").is_dir():
-        kind, name = "t5x", "T5X"
-    if kind:
-        raise UsageError(
-            f"{os.fspath(path)!r} is a checkpoint of {name}; convert it first: "
-            f"python -m t5x_lite convert --from={kind} {os.fspath(path)} --to=MODEL_DIR"
+def _describe(params: Any) -> dict[str, str]:
+    """Shape and dtype of each array, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{jnp.result_type(x)}{list(np.shape(x))}"
         )
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }

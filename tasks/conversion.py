@@ -19,7 +19,7 @@ from tasks import cache, shards
 
 SPLITS = ("train", "validation")
 SHARD_BYTES = 64 << 20  # of text; many shards so that they can be shuffled and shared by hosts
-_FORMAT_VERSION = 1  # to be raised with any change to what a shard holds
+_FORMAT_VERSION = 2  # to be raised with any change to a shard or its name
 _JSON_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 
@@ -97,7 +97,7 @@ def _convert_once(file: str, field: str | None, validation_share: float) -> _Con
         if all(os.path.exists(shard) for paths in kept.shards.values() for shard in paths):
             return kept
     logging.info("Reading %s", file)
-    writers = {split: shards.ShardWriter(directory, f"{key}-{split}") for split in SPLITS}
+    writers = {split: shards.ShardWriter(directory) for split in SPLITS}
     converted = _Converted(shards={}, num_documents={})
     try:
         for number, line in _lines(file):

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import hashlib
 import os
 import pathlib
 import uuid
@@ -22,14 +23,18 @@ class Split:
 
 
 class ShardWriter:
-    """Writes records to TFRecord files that appear under their names when they are complete."""
+    """Writes records to TFRecord files that appear under their names when they are complete.
 
-    def __init__(self, directory: pathlib.Path, prefix: str) -> None:
-        """The shards are `<directory>/<prefix>-00000.tfrecord` and so on."""
+    A shard is named by a digest of what it holds, so that the same input has the same shards on
+    every machine, whenever it was converted.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        """The shards are `<directory>/<digest>.tfrecord`."""
         self.num_records = 0
         self.shard_bytes = 0  # of the records in the shard that is being written
         self._directory = directory
-        self._prefix = prefix
+        self._content = hashlib.sha256()
         self._shards: list[str] = []
         self._writer: tf.io.TFRecordWriter | None = None
         self._temporary = ""
@@ -48,21 +53,29 @@ class ShardWriter:
             except OSError as e:
                 raise cache.not_writable(e) from e
         self._writer.write(record)
+        self._content.update(len(record).to_bytes(8, "little"))
+        self._content.update(record)
         self.num_records += 1
         self.shard_bytes += len(record)
 
-    def end_shard(self) -> None:
-        """Completes the shard that is being written, if one is."""
+    def end_shard(self, meaning: str = "") -> None:
+        """Completes the shard that is being written, if one is.
+
+        Args:
+          meaning: what its records mean beyond their bytes; goes into the name.
+        """
         if self._writer is not None:
             self._writer.close()
-            path = self._directory / f"{self._prefix}-{len(self._shards):05d}.tfrecord"
+            self._content.update(meaning.encode())
+            path = self._directory / f"{self._content.hexdigest()[:32]}.tfrecord"
             os.replace(self._temporary, path)
             self._shards.append(str(path))
             self._writer = None
+            self._content = hashlib.sha256()
             self.shard_bytes = 0
 
     def finish(self) -> list[str]:
-        """Completes the last shard; returns the paths of all."""
+        """Completes the last shard; returns the paths of all, which need not differ."""
         self.end_shard()
         return self._shards
 

@@ -8,11 +8,11 @@ file that is unchanged, the library that wrote or reads it is not even loaded ag
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 64 << 20  # of examples that are shuffled in memory and then make a shard
 _BATCH_ROWS = 500
 _NUM_PLACES = 64  # of a shuffled table that are read at a time
-_FORMAT_VERSION = 1  # to be raised with any change to what a shard holds
+_FORMAT_VERSION = 2  # to be raised with any change to a shard or its name
 _EXTRA = ("datasets", "pandas", "pyarrow")
+_NO_SPLITS = "TableSource takes a dict of splits, {{'train': TABLE, ...}}; found {}"
 
 
 class TableSource(shards.ShardSource):
@@ -54,7 +55,14 @@ class TableSource(shards.ShardSource):
 
         Using it raises UsageError if a file is missing or cannot be read, a column is unknown or of
         a type that an example cannot hold, a value is missing, or the table has no rows.
+
+        Raises:
+          UsageError: `splits` is not a dict or is empty, or `columns` is one string.
         """
+        if not isinstance(splits, Mapping):
+            raise UsageError(_NO_SPLITS.format(type(splits).__name__))
+        if not splits:
+            raise UsageError(_NO_SPLITS.format("an empty one"))
         if isinstance(columns, str):
             raise UsageError(f"TableSource: columns is {columns!r}; give a list, [{columns!r}]")
         super().__init__(splits=splits)
@@ -142,6 +150,7 @@ def _check_same(
 
 def _parts(split: str, table: Any, names: list[str] | None) -> Iterator[_Part]:
     if callable(table):
+        _check_no_arguments(split, table)
         with _needs_extra(f"split {split!r}"):
             table = table()
     if _is_path(table):
@@ -160,6 +169,21 @@ def _parts(split: str, table: Any, names: list[str] | None) -> Iterator[_Part]:
             "glob or a list of these, a pandas DataFrame, a Dataset or IterableDataset of "
             "`datasets`, or a function that returns one"
         )
+
+
+def _check_no_arguments(split: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a C function
+        return
+    try:
+        signature.bind()
+    except TypeError as e:
+        name = getattr(function, "__name__", "load")
+        raise UsageError(
+            f"split {split!r} of the table: {name} is called without arguments, but {e}; "
+            f"give `lambda: {name}({split!r})`, or a function that takes none"
+        ) from e
 
 
 def _is_path(value: Any) -> bool:
@@ -249,13 +273,28 @@ def _frame_part(frame: Any, names: list[str] | None, where: str) -> _Part:
     chosen = frame[columns.select(list(frame.columns), names, where)]
     try:
         table = pa.Table.from_pandas(chosen, preserve_index=False).replace_schema_metadata(None)
-    except (pa.ArrowException, TypeError, ValueError) as e:
-        raise UsageError(f"{where}: {' '.join(map(str, e.args))}") from e
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as e:
+        raise UsageError(f"{where}: {_frame_problem(chosen) or e.args[0]}") from e
     digest = _Digest()
     with pa.ipc.new_stream(pa.PythonFile(digest, "w"), table.schema) as stream:
         stream.write_table(table)
     key = ("pandas", digest.hexdigest())
     return _Part(where, key, lambda: iter(table.to_batches(_BATCH_ROWS)))
+
+
+def _frame_problem(frame: Any) -> str | None:
+    """The first column that Arrow cannot hold, and why."""
+    import pyarrow as pa
+
+    for name in frame.columns:
+        try:
+            pa.array(frame[name], from_pandas=True)
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as e:
+            kinds = dict.fromkeys(type(value).__name__ for value in frame[name].dropna())
+            if len(kinds) > 1:
+                return f"column {name!r} holds {' and '.join(kinds)}; make it one type"
+            return f"column {name!r}: {e.args[0]}"
+    return None
 
 
 def _dataset_part(dataset: Any, names: list[str] | None, where: str) -> _Part:
@@ -300,17 +339,14 @@ def _convert_once(part: _Part, names: list[str] | None) -> _Converted:
     if kept is not None:
         return kept
     logging.info("Converting %s", part.where)
-    writer = shards.ShardWriter(directory, summary.stem if summary else uuid.uuid4().hex)
+    writer = shards.ShardWriter(directory)
     try:
-        content, fields = _write(part, writer)
+        fields = _write(part, writer)
         converted = _Converted(fields, writer.finish(), writer.num_records)
     finally:
         writer.discard()
-    if summary is None:
-        # A stream: its shards get the name of what they turned out to hold.
-        summary = directory / f"{_digest(('stream', content), names)}.json"
-        converted.shards = [_rename(shard, summary.stem) for shard in converted.shards]
-    cache.write(summary, json.dumps(dataclasses.asdict(converted)).encode())
+    if summary is not None:
+        cache.write(summary, json.dumps(dataclasses.asdict(converted)).encode())
     return converted
 
 
@@ -329,14 +365,8 @@ def _kept(summary: pathlib.Path | None) -> _Converted | None:
     return _Converted(fields, **kept)
 
 
-def _rename(shard: str, prefix: str) -> str:
-    path = pathlib.Path(shard)
-    return str(path.replace(path.with_name(f"{prefix}-{path.name.partition('-')[2]}")))
-
-
-def _write(part: _Part, writer: shards.ShardWriter) -> tuple[str, dict[str, columns.Field]]:
-    """Writes all rows; returns a digest of them and what the columns hold."""
-    content = hashlib.sha256()
+def _write(part: _Part, writer: shards.ShardWriter) -> dict[str, columns.Field]:
+    """Writes all rows; returns what the columns hold."""
     fields: dict[str, columns.Field] = {}
     window: list[bytes] = []
     window_bytes = num_rows = 0
@@ -344,7 +374,7 @@ def _write(part: _Part, writer: shards.ShardWriter) -> tuple[str, dict[str, colu
     def end_window() -> None:
         for i in np.random.default_rng(0).permutation(len(window)).tolist():
             writer.write(window[i])
-        writer.end_shard()
+        writer.end_shard(repr(fields))
         window.clear()
 
     for batch in part.batches():
@@ -356,12 +386,10 @@ def _write(part: _Part, writer: shards.ShardWriter) -> tuple[str, dict[str, colu
         for example in columns.to_examples(batch, fields, num_rows, part.where):
             columns.set_row(example, len(window))
             window.append(example.SerializeToString(deterministic=True))
-            content.update(window[-1])
             window_bytes += len(window[-1])
             if window_bytes >= WINDOW_BYTES:
                 end_window()
                 window_bytes = 0
         num_rows += batch.num_rows
     end_window()
-    content.update(repr(fields).encode())
-    return content.hexdigest(), fields
+    return fields

@@ -136,7 +136,8 @@ def load(file: str) -> seqio.Vocabulary:
     `vocabulary.model`, which lies in MODEL_DIR beside `model.json` and is complete.
 
     Raises:
-      UsageError: the file cannot be read, is no SentencePiece model, or its pad is not 0.
+      UsageError: the file cannot be read, is no SentencePiece model, or its pad is not 0 or its eos
+        not 1.
     """
     with _load_lock:
         return _load(file)
@@ -165,6 +166,10 @@ def _load(file: str) -> seqio.Vocabulary:
         raise UsageError(
             f"VOCABULARY_FILE {file!r} has pad id {pieces.pad_id()} and eos id {pieces.eos_id()}; "
             "pad must be 0 and there must be an eos (`python -m t5x_lite vocab` makes such a model)"
+        )
+    if pieces.eos_id() != 1:
+        raise UsageError(
+            f"VOCABULARY_FILE {file!r}: its end mark is id {pieces.eos_id()}; T5's is 1"
         )
     has_sentinels = _SENTINEL_PIECE.fullmatch(pieces.IdToPiece(len(pieces) - 1))
     is_complete = bool(has_sentinels) or _is_of_run(file)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -43,13 +44,28 @@ def test_from_a_parquet_file_to_a_model(page, tmp_path, capfd):
         assert main(argv) == 0, capfd.readouterr().err
         out = capfd.readouterr().out
         if argv[0] == "tasks":
-            assert "accuracy  100" in out
+            assert re.search(r"```\n(Gold against gold.*?)```", page, re.DOTALL)[1] in out
             assert "review: The film is dull." in out  # the first row
     run = tmp_path / "runs" / "reviews"
     assert json.loads((run / "metrics" / "reviews.jsonl").read_text())["num_examples"] == 12
     lines = (run / "inference" / "reviews-2.jsonl").read_text().splitlines()
     # In the order of the table, and each with the column that says which row it is.
     assert [json.loads(line)["id"] for line in lines] == [f"concert-{i}" for i in range(6)] * 2
+
+
+def test_module_that_is_missing_or_named_as_a_file(page, capfd):
+    [inspect] = [argv for argv in commands(page) if argv[0] == "tasks"]
+    without = [a for a in inspect if not a.startswith("--module")]
+    assert main(without) == 2
+    error = capfd.readouterr().err
+    assert "'reviews' is not registered" in error
+    assert error.endswith("; is MIXTURE_OR_TASK_MODULE (--module) missing?\n")
+    assert main([*without, "--module=reviews.py"]) == 2
+    error = capfd.readouterr().err
+    assert "'reviews.py' is a file; did you mean the module 'reviews'?" in error
+    assert main(["tasks", "inspect", "review", *inspect[3:]]) == 2
+    error = capfd.readouterr().err
+    assert "did you mean 'reviews'" in error and "missing?" not in error
 
 
 @pytest.mark.parametrize("library", ["pandas", "datasets"])
