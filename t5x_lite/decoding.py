@@ -23,6 +23,11 @@ Step = Callable[[Any, Array, Array, Array | None], tuple[Array, Any]]
 NO_BEAM = -1e7
 
 METHODS = ("greedy", "sample", "beam")
+# The fields of `DecodeConfig` that belong to one method and do nothing in another.
+METHOD_OF = {
+    **dict.fromkeys(("num_beams", "length_penalty", "beam_rules"), "beam"),
+    **dict.fromkeys(("temperature", "top_k", "top_p"), "sample"),
+}
 BEAM_RULES = ("t5x", "huggingface")
 
 

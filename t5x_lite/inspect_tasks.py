@@ -171,7 +171,9 @@ def _describe_vocabulary(vocabulary: seqio.Vocabulary) -> str:
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         name = str(vocabulary.sentencepiece_model_file)
     num_sentinels = vocabularies.num_sentinels(vocabulary)
-    sentinels = f", of which the last {num_sentinels} are sentinels" if num_sentinels else ""
+    # ByT5's are the last bytes.
+    also = "" if vocabulary.extra_ids or name != "ByteVocabulary" else "also "
+    sentinels = f", of which the last {num_sentinels} are {also}sentinels" if num_sentinels else ""
     return f"{vocabulary.vocab_size:,} ids{sentinels} ({name})"
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from t5x_lite import partitioning, saved_run
-from t5x_lite.decoding import METHODS, NO_BEAM, DecodeConfig
+from t5x_lite.decoding import METHOD_OF, METHODS, NO_BEAM, DecodeConfig
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.infer_inputs import encode as spell
 from t5x_lite.models import t5
@@ -28,11 +28,6 @@ from tasks import vocabularies
 _BATCH_SIZES = (1, 8, 32)
 _DECODE_FIELDS = [field.name for field in dataclasses.fields(DecodeConfig)]
 _ARGUMENTS = [*_DECODE_FIELDS, "max_length", "seed", "return_scores"]
-# The fields of `DecodeConfig` that belong to one method.
-_METHOD_OF = {
-    **dict.fromkeys(("num_beams", "length_penalty", "beam_rules"), "beam"),
-    **dict.fromkeys(("temperature", "top_k", "top_p"), "sample"),
-}
 # What `generate` of transformers calls it.
 _OUR_NAMES = {
     "max_new_tokens": "max_length=N",
@@ -62,7 +57,7 @@ def load_model(
         raise TypeError(f"model_dir is {type(model_dir).__name__}; give a directory's path")
     which = _check_checkpoint(checkpoint)
     _check_mesh(mesh)
-    run = saved_run.read(model_dir)
+    run = saved_run.read(os.path.expanduser(model_dir))
     [step] = saved_run.checkpoint_steps(run, which)
     devices = partitioning.make_mesh(mesh)
     return LoadedModel(run, step, saved_run.load_params(run, step, devices), devices)
@@ -194,9 +189,9 @@ class LoadedModel:
                 raise TypeError(f"no argument {name!r}; here it is {_OUR_NAMES[name]}")
             if name not in _DECODE_FIELDS:
                 raise TypeError(f"no argument {name!r}; {nearest(name, _ARGUMENTS)}")
-            if method in METHODS and method != _METHOD_OF[name]:
+            if method in METHODS and method != METHOD_OF[name]:
                 raise UsageError(
-                    f"{name} has no effect on {method} decoding: add method={_METHOD_OF[name]!r}"
+                    f"{name} has no effect on {method} decoding: add method={METHOD_OF[name]!r}"
                 )
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed = {seed}: must be from 0 to 2^32 - 1")

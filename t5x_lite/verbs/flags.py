@@ -60,15 +60,6 @@ def keep_compiled_programs() -> None:
 
 # ---- decoding ------------------------------------------------------------------------------------
 
-# Which method a flag of decoding belongs to; --method itself belongs to all.
-DECODE_FLAGS = {
-    "num_beams": "beam",
-    "length_penalty": "beam",
-    "temperature": "sample",
-    "top_k": "sample",
-    "top_p": "sample",
-}
-
 
 def add_decode_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for every field of `DecodeConfig` but `num_outputs`."""
@@ -88,11 +79,15 @@ def decode_config(arguments: argparse.Namespace, base: "DecodeConfig") -> "Decod
     Raises:
       UsageError: a flag of another method than the one that is used.
     """
-    decode = dataclasses.replace(base, **given(arguments, ("method", *DECODE_FLAGS)))
-    for flag, method in DECODE_FLAGS.items():
-        if getattr(arguments, flag) is not None and decode.method != method:
+    from t5x_lite.decoding import METHOD_OF
+
+    flags = [name for name in METHOD_OF if hasattr(arguments, name)]
+    decode = dataclasses.replace(base, **given(arguments, ["method", *flags]))
+    for flag in given(arguments, flags):
+        if decode.method != METHOD_OF[flag]:
             raise UsageError(
-                f"--{flag} has no effect on {decode.method} decoding: add --method={method}"
+                f"--{flag} has no effect on {decode.method} decoding: add "
+                f"--method={METHOD_OF[flag]}"
             )
     return decode
 

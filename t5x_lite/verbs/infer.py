@@ -3,7 +3,6 @@
 import dataclasses
 
 from t5x_lite.verbs.flags import (
-    DECODE_FLAGS,
     add_decode_flags,
     decode_config,
     given,
@@ -60,9 +59,9 @@ def run(argv: list[str]) -> int:
 
     with setup.without_native_notes():
         from t5x_lite import infer
-    from t5x_lite.decoding import DecodeConfig
+    from t5x_lite.decoding import METHOD_OF, DecodeConfig
 
-    options = given(arguments, set(vars(arguments)) - {"method", "num_outputs", *DECODE_FLAGS})
+    options = given(arguments, set(vars(arguments)) - {"method", "num_outputs", *METHOD_OF})
     decode = decode_config(arguments, DecodeConfig())
     options["decode"] = dataclasses.replace(decode, **given(arguments, ["num_outputs"]))
     if arguments.shard is not None:
