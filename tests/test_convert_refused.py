@@ -266,6 +266,9 @@ def test_where_nothing_can_be_put(hf, tmp_path, capfd, monkeypatch):
     argv = ["--from=hf", str(hf), "--vocabulary=bytes"]
     (tmp_path / "file").write_text("x")
     assert "is not a directory" in refused(capfd, *argv, f"--to={tmp_path / 'file' / 'm'}")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "leads back to itself" in refused(capfd, *argv, f"--to={tmp_path / 'loop'}")
+    (tmp_path / "loop").unlink()
     monkeypatch.setattr(new_directory.os.path, "ismount", lambda path: path.name == "volume")
     assert "a disk is mounted" in refused(capfd, *argv, f"--to={tmp_path / 'volume'}")
     few = types.SimpleNamespace(free=1000)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import struct
+import weakref
 
 import jax
 import numpy as np
@@ -105,18 +106,25 @@ def test_files_are_those_of_transformers(fixtures, tmp_path, name):
     assert generation.items() <= theirs.items()
 
 
-def test_parts_of_tensors_make_the_same_files(fixtures, tmp_path, monkeypatch):
-    """Tensors that are read and written a few rows at a time, in ascending rows, one by one."""
+@pytest.mark.parametrize("limit", [1, 5_000, 30_000, None])
+def test_parts_of_tensors_make_the_same_files(fixtures, tmp_path, monkeypatch, limit):
+    """Tensors are read in ascending rows, one by one, as many rows at a time as may be: each read
+    of a run's own checkpoint decodes all of the stacked tensor."""
     name = "t5_v11_sharded"
     config, arrays = load(fixtures / name)
-    monkeypatch.setattr(hf_write, "_READ_BYTES", 5_000)
+    if limit is not None:
+        monkeypatch.setattr(hf_write, "_READ_BYTES", limit)
     monkeypatch.setattr(hf_write, "_WRITE_BYTES", 700)
     reads: list[tuple[str, int, int]] = []
+    given: list[weakref.ref] = []
 
     def watched(path, x):
         def read(start, stop):
+            assert not any(array() is not None for array in given), "read, and not let go of"
+            rows = x[start:stop].copy()
             reads.append((path, start, stop))
-            return x[start:stop]
+            given.append(weakref.ref(rows))
+            return rows
 
         return Tensor(x.shape, read)
 
@@ -134,8 +142,9 @@ def test_parts_of_tensors_make_the_same_files(fixtures, tmp_path, monkeypatch):
     order = list(dict.fromkeys(path for path, _, _ in reads))
     expected = []
     for path in order:
-        step = 1 if "/layers/" in path else max(1, 5_000 // arrays[path][0].nbytes)
         rows = len(arrays[path])
+        most = rows // 2 if "/layers/" in path else rows
+        step = most if limit is None else max(1, min(most, limit // arrays[path][0].nbytes))
         expected += [(path, a, min(a + step, rows)) for a in range(0, rows, step)]
     assert reads == expected and set(order) == set(arrays)
 
@@ -255,7 +264,7 @@ def test_directory_that_is_there(fixtures, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
     for name in ("full", "file"):
-        with pytest.raises(UsageError, match=f"{name} is there already"):
+        with pytest.raises(UsageError, match=f"{name}' is there already"):
             export(tmp_path / name, config, arrays)
     with pytest.raises(UsageError, match="not on a local disk"):
         export("gs://bucket/out", config, arrays)
@@ -265,6 +274,20 @@ def test_directory_that_is_there(fixtures, tmp_path):
     assert (tmp_path / "new" / "deep" / "README.md").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"full", "file", "empty", "new"}
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
+
+
+def test_directory_that_is_a_link(fixtures, tmp_path):
+    config, arrays = load(fixtures / "t5_v10")
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):  # the second points to nothing yet
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        export(tmp_path / name, config, arrays)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "disk" / name / "config.json").exists()
+    assert {p.name for p in (tmp_path / "disk").iterdir()} == {"empty", "new"}
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((UsageError, Failure), match="loop"):
+        export(tmp_path / "loop", config, arrays)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +320,7 @@ def test_failure_leaves_nothing(fixtures, tmp_path, error, expected):
         )
     assert "\n" not in str(caught.value)
     if expected is Failure:
-        assert "out was not written: " in str(caught.value)
+        assert "out' was not written: " in str(caught.value)
         assert "No space left" in str(caught.value)
     assert not list(tmp_path.iterdir())
 

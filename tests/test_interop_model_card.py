@@ -150,13 +150,36 @@ def test_card_of_a_converted_step_in_a_run_that_went_on(tmp_path):
     """That step is no work of the run's."""
     origin = {"format": "t5x", "path": "/data/t5x/checkpoint_500", "step": 500}
     write_run(tmp_path / "run", "my_task", None, converted_from=origin)
-    line = "T5X's checkpoint `checkpoint_500`, step 500."
+    line = "T5X's checkpoint `t5x/checkpoint_500`, step 500."
     text = render(read_card(tmp_path / "run", 500, is_untouched=True))
     assert f"not trained by it.\n\nThe weights were converted from {line}" in text
     assert "my_task" not in text and "## Configuration" not in text and "/data" not in text
     text = render(read_card(tmp_path / "run", 700))
-    assert f"to step 700.\n\nIt goes back to {line}" in text
+    trained = "Trained on `my_task` (a seqio task or mixture) from step 500 to step 700."
+    assert f"{trained}\n\nIt goes back to {line}" in text
     assert "initial parameters" not in text
+    # From another directory's parameters a run begins with its own step 0.
+    write_run(tmp_path / "other", "my_task", str(tmp_path / "run"), converted_from=origin)
+    assert "(a seqio task or mixture) to step 700." in render(read_card(tmp_path / "other", 700))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/me/hub/models--google--t5-v1_1-small/snapshots/abc123", "google/t5-v1_1-small"),
+        ("hub/models--t5-small/snapshots/abc123/", "t5-small"),
+        ("models/snapshots/abc123", "abc123"),
+        ("gs://bucket/t5_small/checkpoint_5", "t5_small/checkpoint_5"),
+        ("/data/sst2/checkpoint-500", "sst2/checkpoint-500"),
+        ("checkpoint_5", "checkpoint_5"),
+        ("/checkpoint_5", "checkpoint_5"),
+        ("/data/t5-small", "t5-small"),
+    ],
+)
+def test_name_of_what_was_converted(tmp_path, path, name):
+    write_run(tmp_path / "run", None, None, converted_from={"format": "hf", "path": path})
+    text = render(read_card(tmp_path / "run", 0))
+    assert f"converted from Hugging Face's checkpoint `{name}`." in text
 
 
 def test_card_of_bytes(tmp_path):

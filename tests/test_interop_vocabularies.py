@@ -1,117 +1,40 @@
 """Vocabularies of Hugging Face directories: from their files to ours, and back."""
 
-import base64
-import io
-import itertools
 import json
-import re
-from pydoc_data.topics import topics
 
 import pytest
-import sentencepiece
 import seqio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_model_pb2
+from vocabulary_files import (
+    HARD_TEXTS,
+    TEXTS,
+    USER_DEFINED,
+    ModelProto,
+    as_seqio,
+    make_folder,
+    make_processor,
+    stock_json,
+    train,
+)
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import vocabularies
 
-ModelProto = sentencepiece_model_pb2.ModelProto
-USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
-# "-----" has several divisions of one score: which is taken hangs on the rounding of a library.
-TEXTS = [re.sub(r"([-*])\1+", r"\1", text) for _, text in sorted(topics.items())][:20]
-# What spaces, Unicode and marks of its own do to a tokenizer, each one once.
-HARD_TEXTS = [
-    *("", " ", "a", "  two  spaces ", "tab\tand\nline\r\nends", "no\u00a0break\u3000wide"),
-    *(
-        "ﬁne ½ Å Ⅷ ﷺ",
-        "cafe\u0301 café",
-        "\u1112\u1161\u11ab\u1100\u116e\u11a8 한국",
-        "漢字 かな🙂🇩🇪",
-    ),
-    *("\x00\x1f\x7f\u200b\ufeff", "<0x0 <unk", "Việt Nam đường phố", "ẋ̣ q̣̇"),
-    *(
-        "Thank you <extra_id_0> me to your party <extra_id_1> week.",
-        "<extra_id_99>ly <extra_id_7>.",
-    ),
-]
-
-
-def _train(**options) -> bytes:
-    model = io.BytesIO()
-    options = {"vocab_size": 500, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | options
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain.from_iterable(map(str.splitlines, TEXTS)),
-        model_writer=model,
-        minloglevel=2,
-        num_threads=1,
-        **options,
-    )
-    return model.getvalue()
-
 
 @pytest.fixture(scope="module")
 def trained() -> bytes:
-    return _train()
+    return train()
 
 
 @pytest.fixture(scope="module")
 def trained_with_bytes() -> bytes:
-    return _train(byte_fallback=True)
+    return train(byte_fallback=True)
 
 
 @pytest.fixture(scope="module")
 def t5_file(shared_data) -> str:
     return str(shared_data / "vocabs" / "t5_sentencepiece_32000.model")
-
-
-def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def _as_seqio(model: bytes, num_sentinels: int) -> bytes:
-    """What `seqio.SentencePieceVocabulary` does with a file and its extra_ids."""
-    proto = ModelProto.FromString(model)
-    for i in reversed(range(num_sentinels)):
-        proto.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=USER_DEFINED)
-    return proto.SerializeToString()
-
-
-def _stock_json(model: bytes, num_sentinels: int = 100) -> dict:
-    """The tokenizer.json that transformers 4 and 5 save of a T5 tokenizer."""
-    proto = ModelProto.FromString(model)
-    names = [f"<extra_id_{i}>" for i in reversed(range(num_sentinels))]
-    vocab = [[p.piece, p.score] for p in proto.pieces] + [[name, 0.0] for name in names]
-    charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
-    options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    ids = [0, 1, 2, *range(len(vocab) - num_sentinels, len(vocab))]
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": vocab[i][0], **options, "special": True} for i in ids
-        ],
-        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace],
-        },
-        "post_processor": None,
-        "decoder": metaspace,
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False},
-    }
-
-
-def _folder(path, files: dict):
-    path.mkdir(exist_ok=True)
-    for name, content in files.items():
-        if not isinstance(content, bytes):
-            content = json.dumps(content).encode()
-        (path / name).write_bytes(content)
-    return path
 
 
 # ---- reading a SentencePiece model ---------------------------------------------------------------
@@ -120,7 +43,7 @@ def _folder(path, files: dict):
 def test_t5s_file_is_as_seqio_has_it(t5_file, tmp_path):
     with_sentinels = seqio.SentencePieceVocabulary(t5_file, extra_ids=100)
     with open(t5_file, "rb") as f:
-        folder = _folder(tmp_path, {"spiece.model": f.read()})
+        folder = make_folder(tmp_path, {"spiece.model": f.read()})
     for found in (vocabularies.read_vocabulary(t5_file), vocabularies.read_tokenizer(folder)):
         assert found.model == with_sentinels.sp_model
         assert (found.num_pieces, found.num_sentinels, found.size) == (32000, 100, 32100)
@@ -138,17 +61,19 @@ def test_t5s_file_is_as_seqio_has_it(t5_file, tmp_path):
 @pytest.mark.parametrize("num_sentinels", [None, 0, 17])
 def test_extra_ids(trained, tmp_path, name, num_sentinels):
     config = {} if num_sentinels is None else {"extra_ids": num_sentinels}
-    folder = _folder(tmp_path, {name: trained, "tokenizer_config.json": config})
+    folder = make_folder(tmp_path, {name: trained, "tokenizer_config.json": config})
     found = vocabularies.read_tokenizer(folder)
     expected = 100 if num_sentinels is None else num_sentinels
-    assert found.model == _as_seqio(trained, expected)
+    assert found.model == as_seqio(trained, expected)
     assert (found.num_pieces, found.num_sentinels, found.extra_ids) == (500, expected, expected)
 
 
 def test_mt5s_sentinels_are_in_the_file(trained, tmp_path):
-    model = _as_seqio(trained, 100)
+    model = as_seqio(trained, 100)
     (tmp_path / "mt5.model").write_bytes(model)
-    folder = _folder(tmp_path, {"spiece.model": model, "tokenizer_config.json": {"extra_ids": 0}})
+    folder = make_folder(
+        tmp_path, {"spiece.model": model, "tokenizer_config.json": {"extra_ids": 0}}
+    )
     for found in (
         vocabularies.read_vocabulary(str(tmp_path / "mt5.model")),
         vocabularies.read_tokenizer(folder),
@@ -165,20 +90,20 @@ def test_tokens_that_someone_added(trained, tmp_path):
         {"added_tokens.json": {"<sep>": 600}},
         {"tokenizer_config.json": {"added_tokens_decoder": decoder}},
     ):
-        folder = _folder(tmp_path / next(iter(files)), {"spiece.model": trained} | files)
+        folder = make_folder(tmp_path / next(iter(files)), {"spiece.model": trained} | files)
         found = vocabularies.read_tokenizer(folder)
         assert (found.size, found.num_sentinels) == (601, 0)  # none at the end
-        pieces = _processor(found.model)
+        pieces = make_processor(found.model)
         assert pieces.Encode("a <extra_id_0> b<sep>")[-1] == 600
         assert pieces.IdToPiece(599) == "▁<extra_id_0>"
 
 
 def test_bytes(tmp_path):
     assert vocabularies.read_tokenizer(tmp_path) is None
-    in_config = _folder(
+    in_config = make_folder(
         tmp_path / "a", {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}}
     )
-    in_model = _folder(tmp_path / "b", {"config.json": {"tokenizer_class": "ByT5Tokenizer"}})
+    in_model = make_folder(tmp_path / "b", {"config.json": {"tokenizer_class": "ByT5Tokenizer"}})
     for found in (
         vocabularies.read_vocabulary("bytes"),
         vocabularies.read_tokenizer(in_config),
@@ -194,11 +119,11 @@ def test_bytes(tmp_path):
 def test_t5s_tokenizer_json_is_t5s_vocabulary(t5_file, tmp_path):
     original = vocabularies.read_vocabulary(t5_file)
     with open(t5_file, "rb") as f:
-        folder = _folder(tmp_path, {"tokenizer.json": _stock_json(f.read())})
+        folder = make_folder(tmp_path, {"tokenizer.json": stock_json(f.read())})
     found = vocabularies.read_tokenizer(folder)
     assert (found.num_pieces, found.num_sentinels) == (32000, 100)
     assert vocabularies.same_vocabulary(found.model, original.model)
-    ours, t5 = _processor(found.model), _processor(original.model)
+    ours, t5 = make_processor(found.model), make_processor(original.model)
     assert [ours.GetScore(i) for i in range(32100)] == [t5.GetScore(i) for i in range(32100)]
     for text in [*HARD_TEXTS, *TEXTS]:
         assert ours.Encode(text) == t5.Encode(text)
@@ -207,16 +132,16 @@ def test_t5s_tokenizer_json_is_t5s_vocabulary(t5_file, tmp_path):
 
 @pytest.fixture(scope="module")
 def rebuilt(trained_with_bytes, tmp_path_factory):
-    values = _stock_json(trained_with_bytes)
+    values = stock_json(trained_with_bytes)
     values["model"]["byte_fallback"] = True
-    folder = _folder(tmp_path_factory.mktemp("rebuilt"), {"tokenizer.json": values})
-    return _processor(vocabularies.read_tokenizer(folder).model)
+    folder = make_folder(tmp_path_factory.mktemp("rebuilt"), {"tokenizer.json": values})
+    return make_processor(vocabularies.read_tokenizer(folder).model)
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=40))
 def test_any_text_has_the_same_ids(trained_with_bytes, rebuilt, text):
-    original = _processor(_as_seqio(trained_with_bytes, 100))
+    original = make_processor(as_seqio(trained_with_bytes, 100))
     ids = original.Encode(text)
     assert rebuilt.Encode(text) == ids
     assert rebuilt.Decode(ids) == original.Decode(ids)
@@ -228,7 +153,7 @@ def _replace(regex: str, content: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["newer", "older", "sentinels added", "short decimals"])
 def test_other_forms_of_the_same(trained, tmp_path, kind):
-    values = _stock_json(trained)
+    values = stock_json(trained)
     metaspace = values["pre_tokenizer"]["pretokenizers"][1]
     if kind == "newer":  # transformers 4.40 and after, of tokenizers without a class of their own
         strip = {"type": "Strip", "strip_left": False, "strip_right": True}
@@ -244,18 +169,18 @@ def test_other_forms_of_the_same(trained, tmp_path, kind):
     else:  # the shortest that names the float32
         for entry in values["model"]["vocab"]:
             entry[1] = float(f"{entry[1]:.9g}")
-    found = vocabularies.read_tokenizer(_folder(tmp_path, {"tokenizer.json": values}))
-    assert vocabularies.same_vocabulary(found.model, _as_seqio(trained, 100))
+    found = vocabularies.read_tokenizer(make_folder(tmp_path, {"tokenizer.json": values}))
+    assert vocabularies.same_vocabulary(found.model, as_seqio(trained, 100))
 
 
 def test_names_of_special_tokens(trained, tmp_path):
-    values = _stock_json(trained)
+    values = stock_json(trained)
     for i, name in enumerate(("[PAD]", "[EOS]", "[UNK]")):
         values["model"]["vocab"][i][0] = values["added_tokens"][i]["content"] = name
     special = {"pad_token": {"content": "[PAD]", "lstrip": False}, "eos_token": "[EOS]"}
     files = {"tokenizer.json": values, "special_tokens_map.json": special}
-    model = vocabularies.read_tokenizer(_folder(tmp_path, files)).model
-    pieces = _processor(model)
+    model = vocabularies.read_tokenizer(make_folder(tmp_path, files)).model
+    pieces = make_processor(model)
     assert (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) == (0, 1, 2)
     assert pieces.Encode("漢")[-1] == 2
 
@@ -263,13 +188,13 @@ def test_names_of_special_tokens(trained, tmp_path):
 # ---- the rule of sizes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [32000, 32100, 32128, 250112])
+@pytest.mark.parametrize("rows", [32000, 32100, 32128, 48150])
 def test_sizes_that_fit(t5_file, rows):
     vocabulary = vocabularies.read_vocabulary(t5_file)
     fitted = vocabularies.check_size(vocabulary, rows)
     assert fitted.size == (32000 if rows == 32000 else 32100)
     assert (fitted is vocabulary) == (rows != 32000)
-    assert _processor(fitted.model).GetPieceSize() == fitted.size
+    assert make_processor(fitted.model).GetPieceSize() == fitted.size
 
 
 @pytest.mark.parametrize("rows", [31999, 32001, 32099, 259])
@@ -288,6 +213,29 @@ def test_sizes_of_bytes():
         assert vocabularies.check_size(vocabulary, rows) is vocabulary
     with pytest.raises(UsageError, match="258 rows"):
         vocabularies.check_size(vocabulary, 258)
+
+
+def test_padding_of_a_small_vocabulary(trained):
+    """To a multiple of 1,024 whatever its size, although 500 ids make not half of that."""
+    vocabulary = vocabularies.ForeignVocabulary(trained, 500, 0, "small.model", 0)
+    for rows in (512, 1024, 1500, 1524):
+        assert vocabularies.check_size(vocabulary, rows) is vocabulary
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "expected"),
+    [
+        ("bytes", 32128, "bytes has 259 ids, but the model's embedding has 32128 rows"),
+        ("t5", 250112, "has 32100 ids, but the model's embedding has 250112 rows"),
+        ("t5", 48151, "has 32100 ids, but the model's embedding has 48151 rows"),
+    ],
+)
+def test_vocabularies_far_too_small(t5_file, file, rows, expected):
+    """Of another model: of 32,128 rows bytes would use 259."""
+    vocabulary = vocabularies.read_vocabulary(t5_file if file == "t5" else file)
+    with pytest.raises(UsageError) as error:
+        vocabularies.check_size(vocabulary, rows)
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -327,17 +275,17 @@ def test_same_vocabulary(trained):
 
 @pytest.mark.parametrize("num_sentinels", [0, 100, 300])
 def test_written_files_are_read_again(trained, tmp_path, num_sentinels):
-    model = _as_seqio(trained, num_sentinels)
+    model = as_seqio(trained, num_sentinels)
     files = vocabularies.tokenizer_files(model, 896)
     assert files["spiece.model"] == ModelProto.FromString(trained).SerializeToString()
     assert json.loads(files["tokenizer_config.json"])["extra_ids"] == num_sentinels
-    assert vocabularies.read_tokenizer(_folder(tmp_path, files)).model == model
-    alone = _folder(tmp_path / "json", {"tokenizer.json": files["tokenizer.json"]})
+    assert vocabularies.read_tokenizer(make_folder(tmp_path, files)).model == model
+    alone = make_folder(tmp_path / "json", {"tokenizer.json": files["tokenizer.json"]})
     assert vocabularies.same_vocabulary(vocabularies.read_tokenizer(alone).model, model)
 
 
 def test_what_is_written(trained_with_bytes):
-    model = _as_seqio(trained_with_bytes, 100)
+    model = as_seqio(trained_with_bytes, 100)
     files = vocabularies.tokenizer_files(model, 600)
     assert sorted(files) == [
         "special_tokens_map.json",
@@ -360,7 +308,7 @@ def test_what_is_written(trained_with_bytes):
     assert all(entry["special"] for entry in values["added_tokens"])
     assert values["model"]["byte_fallback"] and values["model"]["unk_id"] == 2
     # Scores as SentencePiece has them, float32, to the last bit.
-    pieces = _processor(model)
+    pieces = make_processor(model)
     for i, (piece, score) in enumerate(values["model"]["vocab"]):
         assert piece == pieces.IdToPiece(i).replace("▁<extra", "<extra")
         assert score == pieces.GetScore(i)
@@ -379,7 +327,7 @@ def test_sentinels_of_another_kind_stay_in_the_file(trained, tmp_path):
     files = vocabularies.tokenizer_files(model, 512)
     assert files["spiece.model"] == model
     assert json.loads(files["tokenizer_config.json"])["extra_ids"] == 0
-    assert vocabularies.read_tokenizer(_folder(tmp_path, files)).model == model
+    assert vocabularies.read_tokenizer(make_folder(tmp_path, files)).model == model
 
 
 def test_bytes_written(tmp_path):
@@ -387,7 +335,7 @@ def test_bytes_written(tmp_path):
     assert sorted(files) == ["special_tokens_map.json", "tokenizer_config.json"]
     config = json.loads(files["tokenizer_config.json"])
     assert (config["tokenizer_class"], config["extra_ids"]) == ("ByT5Tokenizer", 125)
-    found = vocabularies.read_tokenizer(_folder(tmp_path, files))
+    found = vocabularies.read_tokenizer(make_folder(tmp_path, files))
     assert found.description == {"class": "ByteVocabulary", "size": 259}
     narrow = vocabularies.tokenizer_files(None, 259)
     assert json.loads(narrow["tokenizer_config.json"])["additional_special_tokens"] == []
@@ -395,9 +343,9 @@ def test_bytes_written(tmp_path):
 
 def test_what_cannot_be_written(trained):
     with pytest.raises(UsageError, match="600 ids, the model 512 rows"):
-        vocabularies.tokenizer_files(_as_seqio(trained, 100), 512)
+        vocabularies.tokenizer_files(as_seqio(trained, 100), 512)
     with pytest.raises(UsageError, match="BPE model"):
-        vocabularies.tokenizer_files(_train(model_type="bpe"), 512)
+        vocabularies.tokenizer_files(train(model_type="bpe"), 512)
 
 
 # ---- against the libraries themselves, where they are installed ----------------------------------
@@ -408,10 +356,10 @@ def test_the_tokenizers_library_gives_our_ids(trained, trained_with_bytes, t5_fi
     with open(t5_file, "rb") as f:
         t5 = f.read()
     for model in (t5, trained, trained_with_bytes):
-        model = _as_seqio(model, 100)
+        model = as_seqio(model, 100)
         files = vocabularies.tokenizer_files(model, 32128)
         theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        ours = _processor(model)
+        ours = make_processor(model)
         for text in [*HARD_TEXTS, *TEXTS]:
             ids = ours.Encode(text)
             assert theirs.encode(text).ids == [*ids, 1], text
@@ -422,11 +370,11 @@ def test_the_tokenizers_library_gives_our_ids(trained, trained_with_bytes, t5_fi
 def test_what_the_tokenizers_library_saves_is_read(trained, trained_with_bytes, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     for model, has_bytes in ((trained, False), (trained_with_bytes, True)):
-        values = _stock_json(model)
+        values = stock_json(model)
         values["model"]["byte_fallback"] = has_bytes
         theirs = tokenizers.Tokenizer.from_str(json.dumps(values))
         theirs.save(str(tmp_path / "tokenizer.json"))
-        ours = _processor(vocabularies.read_tokenizer(tmp_path).model)
+        ours = make_processor(vocabularies.read_tokenizer(tmp_path).model)
         for text in [*HARD_TEXTS[:-1], *TEXTS]:
             # Text with spans of accents apart, which SentencePiece composes and they do not.
             if "\u1112" not in text and "q̣̇" not in text:
@@ -436,10 +384,10 @@ def test_what_the_tokenizers_library_saves_is_read(trained, trained_with_bytes, 
 @pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
 def test_auto_tokenizer_gives_our_ids(trained_with_bytes, tmp_path, model_type):
     transformers = pytest.importorskip("transformers")
-    model = _as_seqio(trained_with_bytes, 100)
+    model = as_seqio(trained_with_bytes, 100)
     files = vocabularies.tokenizer_files(model, 640)
-    folder = _folder(tmp_path, files | {"config.json": {"model_type": model_type}})
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), _processor(model)
+    folder = make_folder(tmp_path, files | {"config.json": {"model_type": model_type}})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), make_processor(model)
     for text in [*HARD_TEXTS, *TEXTS]:
         assert theirs(text)["input_ids"] == [*ours.Encode(text), 1], text
     assert theirs.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [599, 500]
@@ -450,113 +398,7 @@ def test_auto_tokenizer_gives_our_ids(trained_with_bytes, tmp_path, model_type):
 def test_auto_tokenizer_gives_our_bytes(tmp_path):
     transformers = pytest.importorskip("transformers")
     files = vocabularies.tokenizer_files(None, 384) | {"config.json": {"model_type": "t5"}}
-    theirs = transformers.AutoTokenizer.from_pretrained(_folder(tmp_path, files))
+    theirs = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path, files))
     for text in ("", "aé 漢字", "\x00 two  spaces\n"):
         assert theirs(text)["input_ids"] == [*seqio.ByteVocabulary().encode(text), 1]
     assert len(theirs) == 384
-
-
-# ---- bad input -----------------------------------------------------------------------------------
-
-
-def _refusal(function, *arguments) -> str:
-    with pytest.raises(UsageError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("spiece.model", b"", "spiece.model is not a SentencePiece model"),
-        ("spiece.model", b"not a model", "spiece.model is not a SentencePiece model"),
-        ("tokenizer.json", b"{", "tokenizer.json cannot be read as JSON"),
-        ("tokenizer.json", b"\xff", "tokenizer.json cannot be read as JSON"),
-        ("tokenizer.json", [], "holds a list, not an object"),
-        ("tokenizer.json", {"version": "1.0"}, "'model' is missing"),
-        ("tokenizer.json", {"model": {"type": "BPE"}}, "type 'BPE'; only Unigram"),
-        ("tokenizer.json", {"model": {"type": "WordPiece"}}, "type 'WordPiece'; only Unigram"),
-        ("tokenizer.json", {"model": {"merges": []}}, "type 'BPE'; only Unigram"),
-        ("vocab.txt", b"[PAD]\n", "vocab.txt is of a WordPiece tokenizer"),
-        ("merges.txt", b"a b\n", "merges.txt is of a BPE tokenizer"),
-    ],
-)
-def test_directories_that_cannot_be_read(tmp_path, name, content, expected):
-    folder = _folder(tmp_path, {name: content})
-    message = _refusal(vocabularies.read_tokenizer, folder)
-    assert expected in message and str(folder / name) in message
-
-
-def _set(path: str, value):
-    """A change of one value of a tokenizer.json: "model/vocab/7/0" names a place in it."""
-
-    def change(values):
-        *parents, last = (int(p) if p.isdecimal() else p for p in path.split("/"))
-        for parent in parents:
-            values = values[parent]
-        values[last] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (_set("model/unk_id", None), "unk_id None is none of the 600 pieces"),
-        (_set("model/unk_id", 600), "unk_id 600"),
-        (_set("model/vocab/7", ["x"]), "not the tokenizer.json of a Unigram vocabulary"),
-        (_set("model/vocab/7/1", "high"), "could not convert string to float"),
-        (_set("model/vocab/7/0", "."), "already defined"),
-        (_set("model/vocab/0/0", "[PAD]"), "pad id -1"),
-        (
-            _set("normalizer", {"type": "Lowercase"}),
-            "normalizer has the step {'type': 'Lowercase'}",
-        ),
-        (_set("normalizer/precompiled_charsmap", "%"), "not the tokenizer.json of a Unigram"),
-        (
-            _set("normalizer/precompiled_charsmap", "Z2FyYmFnZQ=="),
-            "not a usable SentencePiece model",
-        ),
-        (
-            _set("pre_tokenizer", {"type": "Digits"}),
-            "pre-tokenizer has the step {'type': 'Digits'}",
-        ),
-        (_set("added_tokens/0", {"id": 0}), "added tokens of the tokenizer cannot be read"),
-        (_set("added_tokens/0/id", 700), "'<pad>' has id 700, but the ids before it end at 599"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_tokenizer_json_that_is_broken(trained, tmp_path, change, expected):
-    values = _stock_json(trained)
-    assert "." in [piece for piece, _ in values["model"]["vocab"]]
-    change(values)
-    folder = _folder(tmp_path, {"tokenizer.json": values})
-    message = _refusal(vocabularies.read_tokenizer, folder)
-    assert expected in message and str(folder) in message
-
-
-@pytest.mark.parametrize("extra_ids", [-1, "100", True, None])
-def test_extra_ids_that_are_no_number(trained, tmp_path, extra_ids):
-    files = {"spiece.model": trained, "tokenizer_config.json": {"extra_ids": extra_ids}}
-    message = _refusal(vocabularies.read_tokenizer, _folder(tmp_path, files))
-    assert f"extra_ids {extra_ids!r}" in message
-
-
-def test_an_added_token_where_sentinels_belong(trained, tmp_path):
-    folder = _folder(tmp_path, {"spiece.model": trained, "added_tokens.json": {"<sep>": 500}})
-    message = _refusal(vocabularies.read_tokenizer, folder)
-    assert "'<sep>' has id 500, where 100 sentinels follow the pieces" in message
-    _folder(tmp_path, {"tokenizer_config.json": {"extra_ids": 0}})
-    assert vocabularies.read_tokenizer(folder).size == 501
-
-
-def test_files_that_are_no_vocabulary(tmp_path):
-    absent = str(tmp_path / "absent.model")
-    assert "does not exist" in _refusal(vocabularies.read_vocabulary, absent)
-    assert "'bytes'" in _refusal(vocabularies.read_vocabulary, absent)
-    directory = _refusal(vocabularies.read_vocabulary, str(tmp_path))
-    assert "cannot be read" in directory and str(tmp_path) in directory
-    other = tmp_path / "other.model"
-    other.write_bytes(_train(pad_id=-1, eos_id=2, unk_id=0, bos_id=1))
-    assert "pad id -1" in _refusal(vocabularies.read_vocabulary, str(other))

@@ -189,15 +189,24 @@ def test_file_that_is_no_model(tmp_path, content):
     assert str(path) in _one_line(error)
 
 
-def test_model_with_other_special_ids(tmp_path):
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({}, "pad id -1"),
+        ({"pad_id": 0, "eos_id": -1, "bos_id": -1, "unk_id": 1}, "eos id -1"),
+        ({"pad_id": 0, "eos_id": 2, "bos_id": 1, "unk_id": 3}, "its end mark is id 2; T5's is 1"),
+    ],
+)
+def test_model_with_other_special_ids(tmp_path, ids, message):
     path = tmp_path / "other.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(path.with_suffix("")),
         vocab_size=300,
         minloglevel=2,
+        **ids,
     )
-    with pytest.raises(UsageError, match="pad id -1") as error:
+    with pytest.raises(UsageError, match=message) as error:
         vocabularies.load(str(path))
     _one_line(error)
 

@@ -5,23 +5,21 @@ then the tensors without gaps. As the shapes say where each tensor goes, our sta
 read one after the other, and every layer is written at its place.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_lite.errors import Failure, UsageError, nearest
+from t5x_lite.errors import UsageError, nearest
 from t5x_lite.files import is_local
-from t5x_lite.interop import hf, model_card
+from t5x_lite.interop import hf, model_card, new_directory
 from t5x_lite.interop.tensors import Tensor
 from t5x_lite.models.config import T5Config
 
@@ -32,8 +30,10 @@ DTYPES = {
 }
 _FORMAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-# Of a matrix that is not stacked, as much is read at a time, and as much converted and written.
+# So much is read at a time, or one row: a source may have to decode all of a tensor for each read.
+# Of a stacked one at most half, so that the two together are less than twice the tensor.
 _READ_BYTES = 1 << 28
+# So much is converted and written at a time.
 _WRITE_BYTES = 1 << 25
 
 _GENERATION = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -90,8 +90,8 @@ def write_hf(
 
     UMT5 with an output matrix of its own is for transformers 5 alone: `hf` says why.
 
-    Of `params` one tensor after the other is read, in ascending rows: of a stacked one a layer at a
-    time, of another at most 256 MiB.
+    Of `params` one tensor after the other is read, in ascending rows, at most 256 MiB of them at a
+    time, or one row; of a stacked tensor, whose rows are layers, at most half.
 
     Args:
       directory: a local directory that is not there yet, or is empty.
@@ -104,10 +104,12 @@ def write_hf(
       card: what README.md tells.
 
     Raises:
-      UsageError: the directory is there and not empty, or has no room; the class cannot express the
-        model, or the dtype a value.
+      UsageError: the directory is there and not empty, is not local, or has no room; the class
+        cannot express the model, or the dtype a value.
       Failure: writing failed.
     """
+    if not is_local(directory):  # tensors are written at places in files
+        raise UsageError(f"{directory} is not on a local disk: convert to one, and copy from there")
     _check_choice("model class", model_class, tuple(hf.MODEL_CLASSES))
     _check_choice("--dtype", dtype, tuple(DTYPES))
     values = hf.config_to_hf(config, model_class=model_class, dtype=dtype)
@@ -129,8 +131,9 @@ def write_hf(
     }
     if len({slot.file for slot in slots}) > 1:
         texts["model.safetensors.index.json"] = _index(slots)
-    with _new_directory(directory, sum(slot.num_bytes for slot in slots)) as scratch:
-        _write_tensors(scratch, slots, params, dtype, scale)
+    num_bytes = sum(slot.num_bytes for slot in slots)
+    with new_directory.appearing(os.fspath(directory), num_bytes, "config.json") as scratch:
+        _write_tensors(pathlib.Path(scratch), slots, params, dtype, scale)
         for name, content in {**texts, **tokenizer_files}.items():
             (scratch / name).write_bytes(content)
 
@@ -206,36 +209,6 @@ def _json(values: Mapping) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-@contextlib.contextmanager
-def _new_directory(given: str | os.PathLike[str], num_bytes: int) -> Iterator[pathlib.Path]:
-    """A scratch directory that becomes `given`, or is gone if anything fails."""
-    directory = pathlib.Path(os.path.abspath(given))
-    scratch = None
-    try:
-        if not is_local(given):
-            raise UsageError(f"{given} is not on a local disk: convert to one, and copy from there")
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UsageError(f"{given} is there already and is not an empty directory")
-        if os.path.ismount(directory):  # nothing can be renamed to it
-            raise UsageError(f"{given} is where a disk is mounted: give a directory below it")
-        ancestor = next(path for path in directory.parents if path.exists())
-        if (free := shutil.disk_usage(ancestor).free) < num_bytes:
-            raise UsageError(
-                f"{given}: the tensors have {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB "
-                "are free there"
-            )
-        scratch = ancestor / f".{directory.name}.{uuid.uuid4().hex}.tmp"
-        scratch.mkdir()
-        yield scratch
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(scratch, directory)
-    except OSError as e:
-        raise Failure(f"{given} was not written: {e}") from e
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _write_tensors(
     directory: pathlib.Path,
     slots: list[_Slot],
@@ -251,16 +224,30 @@ def _write_tensors(
         with open(directory / file, "xb") as f:
             f.write(header)
             f.truncate(len(header) + content[-1].end)
-    # A source may hold on to a tensor until another is read: each is read once, in its order.
-    for slot in sorted(slots, key=lambda s: (s.tensor.path, s.tensor.layer or 0)):
+
+    def write_rows(x: np.ndarray, first: int, slot: _Slot) -> None:
         scale = output_scale if slot.tensor.path == "decoder/logits_dense/kernel" else 1.0
         with open(directory / slot.file, "r+b") as f:
             start = data_starts[slot.file] + slot.offset
-            writer = _TensorWriter(f, start, slot.tensor, DTYPES[dtype], scale)
-            writer.write(params[slot.tensor.path])
+            _TensorWriter(f, start, slot.tensor, DTYPES[dtype], scale).write(x, first)
+
+    # A source may hold on to a tensor until another is read: each is read once, in its order.
+    slots = sorted(slots, key=lambda s: (s.tensor.path, s.tensor.layer or 0))
+    for path, group in itertools.groupby(slots, key=lambda s: s.tensor.path):
+        own, ours = list(group), params[path]
+        is_stacked = own[0].tensor.layer is not None
+        limit = min(_READ_BYTES, ours.num_bytes // 2) if is_stacked else _READ_BYTES
+        for first, last in _ranges(ours.shape[0], ours.num_bytes // ours.shape[0], limit):
+            x = ours.read(first, last)
+            if not is_stacked:
+                write_rows(x, first, own[0])
+            else:
+                for layer, slot in enumerate(own[first:last]):
+                    write_rows(x[layer], 0, slot)
+            del x  # or it stays while the next is read
     for file in data_starts:
-        with open(directory / file, "rb") as f:
-            os.fsync(f.fileno())
+        with open(directory / file, "rb") as written:
+            os.fsync(written.fileno())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,17 +260,8 @@ class _TensorWriter:
     dtype: np.dtype
     scale: float
 
-    def write(self, ours: Tensor) -> None:
-        layer = self.tensor.layer
-        if layer is not None:
-            self._write_rows(ours.read(layer, layer + 1)[0], 0)
-            return
-        num_rows = ours.shape[0]
-        for first, last in _ranges(num_rows, ours.num_bytes // num_rows, _READ_BYTES):
-            self._write_rows(ours.read(first, last), first)
-
-    def _write_rows(self, x: np.ndarray, first: int) -> None:
-        """Writes `x`, rows of our parameter from `first` on."""
+    def write(self, x: np.ndarray, first: int) -> None:
+        """Writes `x`, rows of our parameter (or of a layer of it) from `first` on."""
         if not self.tensor.is_transposed:
             row_bytes = math.prod(x.shape[1:]) * self.dtype.itemsize
             for low, high in _ranges(len(x), row_bytes, _WRITE_BYTES):

@@ -187,10 +187,14 @@ def render(
     }
     environment.filters |= filters
     has_bytes = card.vocabulary.get("class") == "ByteVocabulary"
+    first_step = (card.converted_from or {}).get("step") or 0
+    if card.lineage:  # it took the parameters from there, and began with step 0
+        first_step = 0
     deeper = config.num_decoder_layers > config.num_encoder_layers
     source = importlib.resources.files("t5x_lite.interop").joinpath("model_card.md.j2")
     return environment.from_string(source.read_text("utf-8")).render(
         card=card,
+        began=f"from step {_format_number(first_step)} " if first_step else "",
         settings={**card.data, **card.training},
         config=config,
         model_class=model_class,
@@ -268,9 +272,19 @@ def _describe_ancestor(path: str, model: Mapping[str, Any], settings: Mapping[st
 def _describe_origin(origin: Mapping[str, Any]) -> str:
     """Where the weights come from, without the directories of the machine that converted them."""
     program = {"hf": "Hugging Face's", "t5x": "T5X's"}.get(origin.get("format", ""), "a")
-    name = pathlib.PurePath(str(origin.get("path", ""))).name
+    name = _checkpoint_name(pathlib.PurePath(str(origin.get("path", ""))))
     step = f", step {_format_number(origin['step'])}" if origin.get("step") else ""
     return f"{program} checkpoint {_code(name)}{step}"
+
+
+def _checkpoint_name(path: pathlib.PurePath) -> str:
+    folder = path.parent
+    # The cache of huggingface_hub: models--google--flan-t5-base/snapshots/<commit>.
+    if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+        return folder.parent.name.removeprefix("models--").replace("--", "/")
+    if re.fullmatch(r"checkpoint[_-]\d+", path.name) and folder.name not in ("", ".."):
+        return f"{folder.name}/{path.name}"
+    return path.name
 
 
 def _code(value: Any) -> str:

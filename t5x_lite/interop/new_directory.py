@@ -23,6 +23,8 @@ def check(given: str) -> None:
                 raise UsageError(f"{given!r} is there already; give a directory that is not")
         return
     directory = _resolve(given)
+    if directory.is_symlink():
+        raise UsageError(f"{given!r} is a symbolic link that leads back to itself")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{given!r} is there already; give a directory that is not, or is empty")
     if os.path.ismount(directory):  # nothing can be renamed to it
@@ -76,7 +78,7 @@ def _rename(scratch: pathlib.Path, given: str) -> None:
     try:
         os.rename(scratch, _resolve(given))
     except OSError as e:
-        if any(_resolve(given).iterdir()):
+        if _resolve(given).is_dir() and any(_resolve(given).iterdir()):
             raise UsageError(f"{given!r} has been made by another process meanwhile") from e
         raise
 
@@ -97,12 +99,13 @@ def _upload(scratch: epath.Path, given: str, last: str) -> None:
 
 @contextlib.contextmanager
 def _failing(given: str) -> Iterator[None]:
-    """Whatever a disk, TensorStore or an object store raises, as a Failure of one line."""
+    """What a disk and TensorStore raise as a Failure of one line; all that an object store does."""
+    kinds = (OSError, ValueError, RuntimeError) if is_local(given) else (Exception,)
     try:
         yield
     except (UsageError, Failure):
         raise
-    except Exception as e:
+    except kinds as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         line = " ".join((reason.splitlines() or [type(e).__name__])[0].split())
         raise Failure(f"{given!r} was not written: {line}") from e

@@ -4,10 +4,10 @@ Three sizes meet in a T5 model. P pieces: T5's SentencePiece model has 32,000. E
 `<extra_id_N>`, counted down to the end: T5 adds 100 after its pieces, so there are 32,100 ids; mT5
 and UMT5 have theirs among the pieces of the file. V rows of the embedding: rounded up so that they
 divide over accelerators, 32,128. The rule is P + E <= V: the rows from P + E on are padding, which
-no text uses and no target names, and there may be many (250,112 rows of mT5, 384 of ByT5 for the
-259 ids of its bytes). V = P is a model without sentinels: none are added. Everything else is
-another model's vocabulary and is refused, since its ids would mean something else: too few rows for
-the pieces (V < P), or for the sentinels that go with them (P < V < P + E).
+no text uses and no target names (12 of mT5's 250,112, 125 of ByT5's 384). V = P is a model without
+sentinels: none are added. Everything else is another model's vocabulary and is refused, since its
+ids would mean something else: too few rows for the pieces (V < P), for the sentinels that go with
+them (P < V < P + E), or more than padding explains (V > 1.5 (P + E) and more than 1,024 beyond).
 """
 
 import dataclasses
@@ -28,6 +28,11 @@ from t5x_lite.interop import tokenizer_json
 BYTES = "bytes"
 NUM_BYTE_IDS = 3 + 256  # pad, eos, unk, then the bytes
 NUM_SENTINELS = 100  # T5's
+
+# Rows that are more than both are no padding. ByT5's 384 / 259 = 1.48 is the largest ratio of the
+# published models; a small vocabulary may be padded by as much as is usual for accelerators.
+_MAX_ROWS_PER_ID = 1.5
+_MAX_PADDING = 1024
 
 _MODEL_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 _UNREADABLE_FILES = {"vocab.txt": "WordPiece", "merges.txt": "BPE"}
@@ -84,7 +89,8 @@ def read_vocabulary(file: str) -> ForeignVocabulary:
     100 sentinels are added to a model that has none, as T5 does.
 
     Raises:
-      UsageError: the file cannot be read, is no SentencePiece model, or its pad is not 0.
+      UsageError: the file cannot be read, is no SentencePiece model, or its pad is not 0 or its eos
+        not 1.
     """
     if file == BYTES:
         return _bytes(BYTES)
@@ -251,6 +257,8 @@ def _checked(proto: Any, file: str, num_in_file: int) -> ForeignVocabulary:
             f"{file} has pad id {processor.pad_id()} and eos id {processor.eos_id()}; pad must be "
             "0 and there must be an eos"
         )
+    if processor.eos_id() != 1:
+        raise UsageError(f"{file}: its end mark is id {processor.eos_id()}; T5's is 1")
     size = len(proto.pieces)
     num_sentinels = _num_sentinels(proto)
     num_pieces = size - num_sentinels
@@ -277,7 +285,13 @@ def check_size(vocabulary: ForeignVocabulary, rows: int) -> ForeignVocabulary:
       UsageError: the vocabulary does not belong to that model.
     """
     pieces, sentinels = vocabulary.num_pieces, vocabulary.num_sentinels
-    if pieces + sentinels <= rows:
+    size = vocabulary.size
+    if rows > _MAX_ROWS_PER_ID * size and rows - size > _MAX_PADDING:
+        raise UsageError(
+            f"{vocabulary.file} has {size} ids, but the model's embedding has {rows} rows, too "
+            "many to be padding; it is that of a larger vocabulary"
+        )
+    if size <= rows:
         return vocabulary
     if rows == pieces and vocabulary.model is not None:
         proto = _ModelProto.FromString(vocabulary.model)
@@ -287,7 +301,7 @@ def check_size(vocabulary: ForeignVocabulary, rows: int) -> ForeignVocabulary:
     raise UsageError(
         f"{vocabulary.file} has {pieces} pieces and {sentinels} sentinels, but the model's "
         f"embedding has {rows} rows; it is that of another vocabulary: this one needs "
-        f"{pieces + sentinels} rows or more{bare}"
+        f"{size} rows or more{bare}"
     )
 
 
