@@ -299,6 +299,11 @@ def _frame_problem(frame: Any) -> str | None:
 
 def _dataset_part(dataset: Any, names: list[str] | None, where: str) -> _Part:
     fingerprint = getattr(dataset, "_fingerprint", None)  # a stream has none
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise UsageError(
+            f"{where} has a transform that is applied when a row is read, which is not done here: "
+            "use .map(...) instead of .with_transform(...)"
+        )
 
     def batches() -> Iterator["pa.Table"]:
         for table in dataset.with_format("arrow").iter(_BATCH_ROWS):

@@ -153,6 +153,13 @@ def test_data_set_dict_is_a_mapping_of_splits(datasets, tmp_path):
     assert "split 'train' of the table is DatasetDict; it must be" in _error(lambda: saved)
 
 
+def test_a_transform_is_not_lost(datasets):
+    table = datasets.Dataset.from_dict({"text": ["a"]})
+    upper = lambda batch: {"text": [text.upper() for text in batch["text"]]}
+    assert "use .map(...) instead of .with_transform(...)" in _error(table.with_transform(upper))
+    assert _texts(table.map(upper, batched=True)) == ["A"]
+
+
 def test_images_are_named(datasets):
     columns = {"image": [{"bytes": b"x", "path": "a.png"}], "text": ["a"]}
     images = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
