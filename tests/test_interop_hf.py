@@ -153,6 +153,11 @@ def test_published_configurations():
     assert small == T5Config(vocab_size=250112, dropout_rate=0.1)
 
 
+@pytest.mark.parametrize("given", [{}, {"eos_token_id": None}, {"eos_token_id": 1}])
+def test_the_end_mark_may_be_left_out(given):
+    assert hf.config_from_hf({"model_type": "mt5"} | given, UNTIED).vocab_size == 250112
+
+
 @pytest.mark.parametrize(
     ("values", "names", "scaled"),
     [

@@ -213,7 +213,9 @@ def _epath(path: pathlib.Path):
         ({"relative_attention_num_buckets": 30}, "config.json: .*multiple of 4"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = false.*'lm_head.weight'"),
         ({"num_layers": 1}, r"unexpected tensor 'encoder.block.1.*num_layers = 1"),
-        ({"num_decoder_layers": 4}, r"'decoder.block.3.*missing.*num_decoder_layers = 4"),
+        ({"eos_token_id": 2}, "eos_token_id = 2: must be 1"),
+        ({"num_layers": 10**18}, r"those of 2 layers of the encoder.*num_layers = 1000"),
+        ({"num_decoder_layers": 4}, r"those of 3 layers of the decoder.*num_decoder_layers = 4"),
         ({"is_gated_act": True}, r"unexpected tensor '.*wi.weight'.*did you mean.*wi_"),
         ({"vocab_size": 250}, r"'shared.weight' has shape \[256, 40\]; by .* \[250, 40\] .vocab_s"),
         ({"num_heads": 5}, r"q.weight' has shape \[48, 40\].*\[60, 40\] .num_heads \* d_kv = 60"),
@@ -276,6 +278,39 @@ def test_tensors_that_are_not_the_models(fixtures, tmp_path, change, message):
     change(tensors)
     with pytest.raises(UsageError, match=message):
         open_hf(save(tmp_path / "model", values_of("t5_v10", fixtures), tensors))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "path", "row"),
+    [
+        ("shared.weight", "token_embedder/embedding", 200),
+        ("lm_head.weight", "decoder/logits_dense/kernel", 3),
+        ("decoder.block.1.layer.2.DenseReluDense.wo.weight", "decoder/layers/mlp/wo/kernel", 1),
+    ],
+)
+def test_values_that_are_not_finite(fixtures, tmp_path, name, path, row, dtype, value):
+    tensors = {k: v.astype(dtype) for k, v in load(fixtures / "t5_v11").items()}
+    place = (200, 2) if name == "shared.weight" else (7, 3)
+    tensors[name][place] = value
+    source = open_hf(save(tmp_path / "model", values_of("t5_v11", fixtures), tensors))
+    for other, tensor in source.params.items():
+        if other != path:
+            tensor.read(0, tensor.shape[0])
+    with pytest.raises(UsageError, match=f"model.safetensors: .*'{name}' holds a value that is no"):
+        source.params[path].read(row, row + 1)
+    # Other rows are what they are.
+    assert np.isfinite(source.params[path].read(0, 1)).all()
+
+
+def test_large_finite_values_are_read(fixtures, tmp_path):
+    """Their sum is infinite in float32."""
+    tensors = load(fixtures / "t5_v11")
+    tensors["shared.weight"][:] = np.finfo(np.float32).max
+    source = open_hf(save(tmp_path / "model", values_of("t5_v11", fixtures), tensors))
+    found = source.params["token_embedder/embedding"].read(0, 256)
+    np.testing.assert_array_equal(found, tensors["shared.weight"])
 
 
 def test_a_place_without_a_model(fixtures, tmp_path):

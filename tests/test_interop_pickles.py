@@ -77,10 +77,43 @@ def _write(
     return epath.Path(path)
 
 
+# What torch.save wrote before 1.6 around the pickle of the tensors: three pickles before it, and
+# the list of storages after it.
+_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_VERSION = b"\x80\x02M\xe9\x03."
+_MACHINE = (
+    b"\x80\x02}q\x00(X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq"
+    b"\x02\x88X\n\x00\x00\x00type_sizesq\x03}q\x04(X\x05\x00\x00\x00shortq\x05K\x02X\x03\x00\x00"
+    b"\x00intq\x06K\x04X\x04\x00\x00\x00longq\x07K\x04uu."
+)
+
+
+def _keys(names) -> bytes:
+    return b"\x80\x02](" + b"".join(map(_text, names)) + b"e."
+
+
+def _old(program: bytes) -> bytes:
+    """The program with storages as they were: with a fifth field, which says "no view"."""
+    return program.replace(b"tQ", b"NtQ")
+
+
+def _storage_bytes(storages: dict[str, bytes], itemsize: int) -> bytes:
+    return b"".join(struct.pack("<q", len(data) // itemsize) + data for data in storages.values())
+
+
+def _write_old(
+    path: pathlib.Path, program: bytes, storages: dict[str, bytes], itemsize: int = 4
+) -> epath.Path:
+    pickles = (_MAGIC, _VERSION, _MACHINE, _old(program), _keys(storages))
+    path.write_bytes(b"".join(pickles) + _storage_bytes(storages, itemsize))
+    return epath.Path(path)
+
+
 def _whole(tensor) -> np.ndarray:
     return np.concatenate([block for _, block in tensor.blocks(0, tensor.shape[0])])
 
 
+@pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -89,7 +122,7 @@ def _whole(tensor) -> np.ndarray:
         ("BFloat16Storage", ml_dtypes.bfloat16),
     ],
 )
-def test_views_of_one_storage(tmp_path, kind, dtype):
+def test_views_of_one_storage(tmp_path, kind, dtype, is_old):
     data = np.random.default_rng(0).normal(size=(8, 6)).astype(dtype)
     program = _state(
         {
@@ -108,8 +141,12 @@ def test_views_of_one_storage(tmp_path, kind, dtype):
         }
     )
     path = tmp_path / "pytorch_model.bin"
-    storages = {"0": data.tobytes(), "1": data[0, :4].tobytes()}
-    tensors = read_pickle(_write(path, program, storages))
+    storages = {"1": data[0, :4].tobytes(), "0": data.tobytes()}
+    if is_old:
+        _write_old(path, program, storages, data.itemsize)
+    else:
+        _write(path, program, storages)
+    tensors = read_pickle(epath.Path(path))
     x = data.astype(np.float32)
     expected = {
         "whole": x,
@@ -128,7 +165,8 @@ def test_views_of_one_storage(tmp_path, kind, dtype):
         np.testing.assert_array_equal(only, value[1:3], err_msg=name)
 
 
-def test_a_checkpoint_equals_the_same_in_safetensors(shared_data, tmp_path):
+@pytest.mark.parametrize("write", [_write, _write_old])
+def test_a_checkpoint_equals_the_same_in_safetensors(shared_data, tmp_path, write):
     source = shared_data / "checkpoints" / "hf" / "t5_v10"
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     arrays = safetensors.numpy.load_file(source / "model.safetensors")
@@ -140,7 +178,7 @@ def test_a_checkpoint_equals_the_same_in_safetensors(shared_data, tmp_path):
     # As PyTorch saves a tied model: the embedding under all of its names.
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
         entries[name] = entries["shared.weight"]
-    _write(tmp_path / "pytorch_model.bin", _state(entries), storages)
+    write(tmp_path / "pytorch_model.bin", _state(entries), storages)
     config, params = references.load_hf(source)
     found = open_hf(tmp_path)
     assert found.model.tie_embeddings and config.tie_embeddings
@@ -263,9 +301,8 @@ def test_a_damaged_or_foreign_pickle(tmp_path, program, message):
 
 def test_other_formats_are_refused_with_what_to_do(tmp_path):
     path = tmp_path / "pytorch_model.bin"
-    old = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
     for content, message in [
-        (old, r"before 1\.6.*save it as safetensors"),
+        (_state({"a": b"K\x01"}), "a pickle that torch.save has not written"),
         (b"", "no PyTorch file"),
         (b"PK\x03\x04 and no more", "no PyTorch file, or a damaged one"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
@@ -286,6 +323,75 @@ def test_other_formats_are_refused_with_what_to_do(tmp_path):
         archive.writestr("readme.txt", b"")
     with pytest.raises(UsageError, match=r"no data.pkl"):
         read_pickle(epath.Path(path))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_every_pickle_of_the_old_format_is_guarded(tmp_path, place):
+    target = tmp_path / "made"
+    pickles = [_MAGIC, _VERSION, _MACHINE, _old(_state({"a": _ONE})), _keys(["0"])]
+    pickles[place] = pickle.dumps(_Call(os.mkdir, str(target)), 2)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"".join(pickles) + _storage_bytes({"0": bytes(16)}, 4))
+    with pytest.raises(UsageError, match=r"wants to call '(nt|posix).mkdir': refused"):
+        read_pickle(epath.Path(path))
+    assert not target.exists()
+
+
+_HALF_OF_IT = _tensor("HalfStorage", "0", 4, 0, (4,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "message"),
+    [
+        (0, b"\x80\x02K\x01.", "torch.save has not written"),
+        (1, b"\x80\x02M\xea\x03.", "version 1002 of PyTorch's format is unknown"),
+        (2, b"\x80\x02}" + _text("little_endian") + b"\x89s.", "big-endian"),
+        (2, b"\x80\x02K\x01.", "big-endian"),
+        (3, _old(_state({"a": b"K\x01"})), "list of storages is not that of its tensors"),
+        (3, _state({"a": _ONE}), "unknown kind of storage"),
+        (3, _state({"a": _ONE.replace(b"tQ", b"K\x00tQ")}), "unknown kind of storage"),
+        (3, _old(_state({"a": _ONE, "b": _HALF_OF_IT})), "'0' is said to be of two kinds"),
+        (3, _old(_state({"a": _ONE.replace(_integer(4), _integer(-4))})), "unknown kind"),
+        (3, _old(_state({"a": _ONE.replace(_integer(4), _integer(3))})), "'0' has 4 .* 3 by its"),
+        (3, _old(_state({"a": _ONE.replace(_integer(4), _integer(2**62))})), "cut short"),
+        (4, _keys([]), "list of storages is not that of its tensors"),
+        (4, _keys(["0", "0"]), "list of storages is not that of its tensors"),
+        (4, _keys(["0", "1"]), "list of storages is not that of its tensors"),
+        (4, b"\x80\x02K\x01.", "list of storages is a int"),
+        (4, b"\x80\x02](K\x01e.", "list of storages is a list"),
+        (5, struct.pack("<q", 3) + bytes(16), "'0' has 3 elements; 4 by its tensors"),
+        (5, struct.pack("<q", -1) + bytes(16), "'0' has .* elements; 4 by its tensors"),
+    ],
+)
+def test_the_old_format_damaged(tmp_path, place, content, message):
+    parts = [_MAGIC, _VERSION, _MACHINE, _old(_state({"a": _ONE})), _keys(["0"])]
+    parts.append(_storage_bytes({"0": bytes(16)}, 4))
+    path = tmp_path / "pytorch_model.bin"
+    parts[place] = content
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(UsageError, match=message) as error:
+        read_pickle(epath.Path(path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_old_format_cut_anywhere(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    content = _write_old(path, _state({"a": _ONE}), {"0": bytes(16)}).read_bytes()
+    assert read_pickle(epath.Path(path))["a"].offset == len(content) - 16
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(UsageError, match=r"damaged|cut short|no PyTorch file|refused"):
+            read_pickle(epath.Path(path))
+
+
+def test_an_operation_that_claims_memory(tmp_path):
+    """BYTEARRAY8 of a terabyte, which Python would fill with zeros before it reads."""
+    program = b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."
+    with pytest.raises(UsageError, match="damaged"):
+        read_pickle(_write(tmp_path / "pytorch_model.bin", program, {}))
+    (tmp_path / "old.bin").write_bytes(program)
+    with pytest.raises(UsageError, match="damaged"):
+        read_pickle(epath.Path(tmp_path / "old.bin"))
 
 
 def test_a_dtype_beyond_float32_keeps_its_name(tmp_path):
@@ -311,9 +417,36 @@ def test_a_changed_program_ends_in_tensors_or_in_one_error(
         tensors = read_pickle(_write(path, bytes(program), {"0": bytes(16)}))
     except UsageError:
         return
+    _assert_small(tensors)
+
+
+def _assert_small(tensors) -> None:
+    """What can be read of the tensors is no more than the files here have."""
     for tensor in tensors.values():
         if tensor.dtype in ("float32", "float16", "bfloat16") and tensor.shape:
             assert sum(block.nbytes for _, block in tensor.blocks(0, tensor.shape[0])) <= 64
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    place=st.integers(0, 10_000),
+    replacement=st.binary(min_size=1, max_size=6),
+    cut=st.booleans(),
+)
+def test_a_changed_file_of_the_old_format_ends_in_tensors_or_in_one_error(
+    tmp_path_factory, place, replacement, cut
+):
+    path = tmp_path_factory.getbasetemp() / "old_fuzzed.bin"
+    program = _state({"a": _ONE, "b": _tensor("FloatStorage", "1", 4, 2, (2, 1), (1, 1))})
+    content = bytearray(_write_old(path, program, {"0": bytes(16), "1": bytes(16)}).read_bytes())
+    place %= len(content)
+    content[place : place + (0 if cut else len(replacement))] = replacement
+    path.write_bytes(content)
+    try:
+        tensors = read_pickle(epath.Path(path))
+    except UsageError:
+        return
+    _assert_small(tensors)
 
 
 # By PyTorch itself.
@@ -331,19 +464,18 @@ def test_what_torch_saves(tmp_path):
         "bfloat16": table.bfloat16(),
         "float16": table.half(),
     }
-    torch.save(state, tmp_path / "x.bin")
-    tensors = read_pickle(epath.Path(tmp_path / "x.bin"))
-    assert tensors.keys() == state.keys()
-    for name, value in state.items():
-        np.testing.assert_array_equal(_whole(tensors[name]), value.detach().float().numpy())
-    torch.save(layer, tmp_path / "module.bin")
-    with pytest.raises(
-        UsageError, match=r"wants to call 'torch.nn.modules.linear.Linear': refused"
-    ):
-        read_pickle(epath.Path(tmp_path / "module.bin"))
-    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(UsageError, match=r"PyTorch before 1\.6"):
-        read_pickle(epath.Path(tmp_path / "old.bin"))
+    for is_zip in (True, False):
+        options = {"_use_new_zipfile_serialization": is_zip}
+        torch.save(state, tmp_path / "x.bin", **options)
+        tensors = read_pickle(epath.Path(tmp_path / "x.bin"))
+        assert tensors.keys() == state.keys()
+        for name, value in state.items():
+            np.testing.assert_array_equal(_whole(tensors[name]), value.detach().float().numpy())
+        torch.save(layer, tmp_path / "module.bin", **options)
+        with pytest.raises(
+            UsageError, match=r"wants to call 'torch.nn.modules.linear.Linear': refused"
+        ):
+            read_pickle(epath.Path(tmp_path / "module.bin"))
     torch.jit.script(layer).save(tmp_path / "script.bin")
     with pytest.raises(UsageError, match="TorchScript"):
         read_pickle(epath.Path(tmp_path / "script.bin"))

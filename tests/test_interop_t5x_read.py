@@ -225,6 +225,8 @@ def test_newest_step_by_number(fixtures, tmp_path):
     shutil.copytree(step_dir, tmp_path / "checkpoint_5")
     write_legacy(tmp_path / "checkpoint_10", read_all(step_dir) | {"state/step": np.int32(10)})
     (tmp_path / "checkpoint_20.tmp-123").mkdir()
+    (tmp_path / "checkpoint_30").mkdir()  # incomplete
+    (tmp_path / "checkpoint_40" / "state").mkdir(parents=True)
     source = open_t5x(tmp_path)
     assert source.step == 10
     assert source.origin["path"] == str(tmp_path / "checkpoint_10")
@@ -318,3 +320,65 @@ def test_operative_configuration_tells_activation_and_dropout(fixtures, tmp_path
     assert model.mlp_activations == ("silu", "linear")
     assert model.dropout_rate == 0.1
     assert model.d_model == 40
+
+
+WAYS_OF_WRITING = {
+    "comment": """
+ACT = ('silu', 'linear')
+network.T5Config.mlp_activations = %ACT  # gated
+""",
+    "lines": """
+network.T5Config.mlp_activations = (
+    'silu',  # gated
+  'linear',
+)
+""",
+    "block": """
+network.T5Config:  # as in T5X's own files
+  emb_dim = 40
+
+  # gated
+  mlp_activations = ('swish', 'linear')
+X = 3
+""",
+    "scope": "t5_1_1/x.network.T5Config.mlp_activations = ['silu', 'linear']",
+    "macros": """
+include 'base.gin'
+from x import y
+T5Config.mlp_activations = %a/ACT
+a/ACT = %B
+B = (%C, 'linear')
+C = 'silu'
+ACT = 3
+""",
+    "last of two": """
+network.T5Config.mlp_activations = ('relu', 'linear')
+network.T5Config.mlp_activations = \\
+    ('silu', 'linear')
+""",
+    "left open": """\ufeff
+T5Config.mlp_activations = ('silu', 'linear')
+T5Config.dropout_rate = %gin.REQUIRED
+""",
+    "scopes that agree": """
+x/T5Config.mlp_activations = ('silu', 'linear')
+y/network.T5Config:
+  mlp_activations = ('silu', 'linear')
+  dtype = @jnp.float32
+""",
+    "other classes": """
+OtherT5Config.mlp_activations = 3
+T5Config.x.mlp_activations = 3
+T5Config.mlp_activations = ('silu', 'linear')
+""",
+}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("way", WAYS_OF_WRITING)
+def test_ways_of_writing_gin(fixtures, tmp_path, way, newline):
+    source_dir = fixtures / "t5x_orbax_unscanned_v11" / "checkpoint_5"
+    shutil.copytree(source_dir, tmp_path / "checkpoint_5")
+    text = WAYS_OF_WRITING[way].replace("\n", newline)
+    (tmp_path / "config.gin").write_bytes(text.encode())
+    assert open_t5x(tmp_path).model.mlp_activations == ("silu", "linear")

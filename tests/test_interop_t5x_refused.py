@@ -90,6 +90,20 @@ def test_no_checkpoint(tmp_path):
     refused(tmp_path, "no T5X checkpoint here; looked for a file 'checkpoint' .* '_METADATA'")
 
 
+def test_checkpoints_that_are_all_incomplete(tmp_path):
+    (tmp_path / "checkpoint_5").mkdir()
+    (tmp_path / "checkpoint_10" / "state").mkdir(parents=True)
+    with pytest.raises(UsageError) as caught:
+        open_t5x(tmp_path)
+    step = tmp_path / "checkpoint_10"
+    assert str(caught.value) == (
+        f"{step} is incomplete, and so is any other checkpoint in {tmp_path}"
+    )
+    with pytest.raises(UsageError, match="no T5X checkpoint here; looked for") as caught:
+        open_t5x(step)
+    assert "--from=t5x" not in str(caught.value)
+
+
 @pytest.mark.parametrize("size", [0, 1, 100, 10_000])
 def test_truncated_index(fixtures, tmp_path, size):
     data = (fixtures / "t5x_legacy_unscanned_v11" / "checkpoint_5" / "checkpoint").read_bytes()
@@ -220,6 +234,27 @@ def test_shapes_of_scanned_layers_that_disagree(fixtures, tmp_path):
         ("T5Config.logits_via_embedding = True", r"logits_via_embedding = True, .* it is False$"),
         ("T5Config.mlp_activations = ('geglu', 'linear')", "'geglu' is unknown; .*'gelu'"),
         ("T5Config.mlp_activations = ('relu',)", r"\('relu',\), but the tensors are those of 2$"),
+        ("T5Config.mlp_activations = 3", "mlp_activations = 3: must be a tuple of names"),
+        ("T5Config.mlp_activations = 'relu'", "mlp_activations = 'relu': must be a tuple of names"),
+        ("T5Config.mlp_activations = (1, [2])", "1 is unknown; known: 'gelu'"),
+        (
+            "T5Config.mlp_activations = @pair()",
+            r"config.gin: T5Config.mlp_activations = @pair\(\) c",
+        ),
+        ("T5Config.mlp_activations = %gin.REQUIRED", "= %gin.REQUIRED cannot be read"),
+        ("T5Config.mlp_activations = %A\nA = %B\nB = %A", "= %A.* cannot be read"),
+        ("T5Config.mlp_activations = %A\nA = @f", "= %A, that is @f, cannot be read"),
+        ("T5Config.num_heads = %NUM_HEADS", "T5Config.num_heads = %NUM_HEADS cannot be read"),
+        ("T5Config.emb_dim = 6 * 6", r"T5Config.emb_dim = 6\*6 cannot be read"),
+        ("T5Config:\n  num_heads = 6", "T5Config.num_heads = 6, .* it is 4$"),
+        ("T5Config.dropout_rate = 'much'", "dropout_rate = 'much': must be a number"),
+        ("T5Config.dropout_rate = 1.0", "dropout_rate"),
+        ("T5Config.emb_dim = (", "config.gin: no gin file: .*"),
+        ("x = 1\ninclude 'base.gin'", "config.gin: it includes 'base.gin', which is not read"),
+        (
+            "T5Config.num_heads = 4\nencoder/network.T5Config.num_heads = 5",
+            "has several values, each for its scope .'', 'encoder'.",
+        ),
     ],
 )
 def test_operative_configuration_that_disagrees(fixtures, tmp_path, line, message):
@@ -227,3 +262,41 @@ def test_operative_configuration_that_disagrees(fixtures, tmp_path, line, messag
     shutil.copytree(source_dir, tmp_path / "checkpoint_5")
     (tmp_path / "config.gin").write_text(f"network.{line}\n")
     refused(tmp_path, message)
+
+
+def test_operative_configuration_that_is_no_text(fixtures, tmp_path):
+    source_dir = fixtures / "t5x_orbax_unscanned_v11" / "checkpoint_5"
+    shutil.copytree(source_dir, tmp_path / "checkpoint_5")
+    (tmp_path / "config.gin").write_bytes("# naïve\n".encode("latin-1"))
+    refused(tmp_path, "config.gin is no text in UTF-8: byte 4")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["t5x_legacy_unscanned_v11", "t5x_legacy_scanned_v11"])
+def test_values_that_are_not_finite(fixtures, tmp_path, name, value):
+    """Of arrays in the index (the norm), in files, and of either layout of layers."""
+    arrays = read_all(fixtures / name / "checkpoint_5")
+    scanned = "_scanned" in name
+    layers = "decoder" if scanned else "layers_0"
+    places = {
+        f"decoder/{layers}/mlp/wo/kernel": "decoder/layers/mlp/wo/kernel",
+        "encoder/encoder_norm/scale": "encoder/encoder_norm/scale",
+    }
+    for theirs, ours in places.items():
+        changed = arrays[f"target/{theirs}"].copy()
+        changed.flat[0] = value
+        directory = tmp_path / ours.replace("/", ".") / "checkpoint_5"
+        write_legacy(directory, arrays | {f"target/{theirs}": changed})
+        source = open_t5x(directory)
+        with pytest.raises(UsageError, match=f"'target/{theirs}' holds a value that") as caught:
+            source.params[ours].read(0, 1)
+        assert str(directory) in str(caught.value)
+        source.params["token_embedder/embedding"].read(0, 1)
+
+
+def test_layers_that_are_numbered_without_end(fixtures, tmp_path):
+    arrays = read_all(fixtures / "t5x_legacy_unscanned_v10" / "checkpoint_5")
+    for name in [n for n in arrays if "/decoder/layers_2/" in n]:
+        arrays[name.replace("layers_2", "layers_999999999")] = arrays.pop(name)
+    message = "it has decoder/layers_999999999/"
+    refused(write_legacy(tmp_path / "checkpoint_5", arrays), message)

@@ -55,6 +55,9 @@ _T5_DEFAULTS = {
     "feed_forward_proj": "relu",
 }
 
+# Ids that training and decoding here count on.
+_FIXED_IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+
 # transformers' functions under our names. Its "gelu" is the exact one (erf), which T5 never had.
 _ACTIVATIONS = {
     "relu": "relu",
@@ -249,9 +252,9 @@ def _check_architecture(values: Mapping[str, Any], where: str) -> str:
             )
     if values.get("is_encoder_decoder") is False:
         raise UsageError(f"{where}: is_encoder_decoder = false: must be an encoder with a decoder")
-    for name in ("decoder_start_token_id", "pad_token_id"):
-        if values.get(name) not in (None, 0):
-            raise UsageError(f"{where}: {name} = {values[name]!r}: must be 0, as T5 has it")
+    for name, fixed in _FIXED_IDS.items():
+        if values.get(name) not in (None, fixed):
+            raise UsageError(f"{where}: {name} = {values[name]!r}: must be {fixed}, as T5 has it")
     return model_type
 
 

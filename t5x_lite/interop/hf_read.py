@@ -180,11 +180,21 @@ def _is_equal(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def _check_names(stored: Collection[str], config: T5Config, directory: epath.Path) -> None:
-    wanted = [tensor.name for tensor in hf.tensors_of(config)]
     by_config = (
         f"by config.json (num_layers = {config.num_encoder_layers}, num_decoder_layers = "
         f"{config.num_decoder_layers}, mlp_activations = {'-'.join(config.mlp_activations)})"
     )
+    # First, since the names of as many layers as a file may claim do not fit into memory.
+    counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    for stack, count in counts.items():
+        pattern = re.compile(rf"{stack}\.block\.(\d+)\.")
+        found = len({match[1] for name in stored if (match := pattern.match(name))})
+        if found < count:
+            raise UsageError(
+                f"{str(directory)!r}: the tensors are those of {found} layers of the {stack}, "
+                f"so that some are missing {by_config}"
+            )
+    wanted = dict.fromkeys(tensor.name for tensor in hf.tensors_of(config))
     for name in stored:
         if name not in wanted:
             raise UsageError(
@@ -219,30 +229,33 @@ def _parameters(config: T5Config, stored: Stored) -> dict[str, Tensor]:
         parts.setdefault(tensor.path, []).append(tensor)
     params = {}
     for path, shape in hf.parameter_shapes(config).items():
-        tensors = [stored[part.name] for part in parts[path]]
+        tensors = {part.name: stored[part.name] for part in parts[path]}
         first = parts[path][0]
         if first.layer is None:
-            read = functools.partial(_read_whole, tensors[0], first.is_transposed)
+            read = functools.partial(
+                _read_whole, first.name, stored[first.name], first.is_transposed
+            )
         else:
             read = functools.partial(_read_layers, tensors, first.is_transposed)
         params[path] = Tensor(shape, read)
     return params
 
 
-def _read_layers(
-    layers: list[StoredTensor], is_transposed: bool, start: int, stop: int
-) -> np.ndarray:
+def _read_layers(layers: Stored, is_transposed: bool, start: int, stop: int) -> np.ndarray:
     """The layers [start, stop), stacked."""
-    shape = layers[0].shape
+    wanted = list(layers.items())[start:stop]
+    shape = wanted[0][1].shape
     out = np.empty((stop - start, *(shape[::-1] if is_transposed else shape)), np.float32)
-    for tensor, layer in zip(layers[start:stop], out, strict=True):
-        (read_columns if is_transposed else read_rows)(tensor, 0, len(layer), layer)
+    for (name, tensor), layer in zip(wanted, out, strict=True):
+        (read_columns if is_transposed else read_rows)(name, tensor, 0, len(layer), layer)
     return out
 
 
-def _read_whole(tensor: StoredTensor, is_transposed: bool, start: int, stop: int) -> np.ndarray:
+def _read_whole(
+    name: str, tensor: StoredTensor, is_transposed: bool, start: int, stop: int
+) -> np.ndarray:
     """Rows [start, stop) of a parameter that one tensor holds."""
     row = tensor.shape[:1] if is_transposed else tensor.shape[1:]
     out = np.empty((stop - start, *row), np.float32)
-    (read_columns if is_transposed else read_rows)(tensor, start, stop, out)
+    (read_columns if is_transposed else read_rows)(name, tensor, start, stop, out)
     return out

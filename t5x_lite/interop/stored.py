@@ -107,19 +107,37 @@ class StoredTensor:
         return True
 
 
-def read_rows(tensor: StoredTensor, start: int, stop: int, out: np.ndarray) -> None:
-    """Fills `out` [stop - start, ...] float32 with the rows [start, stop)."""
+def read_rows(name: str, tensor: StoredTensor, start: int, stop: int, out: np.ndarray) -> None:
+    """Fills `out` [stop - start, ...] float32 with the rows [start, stop).
+
+    Raises:
+      UsageError: a value is not finite; names the tensor.
+    """
     for first, block in tensor.blocks(start, stop):
+        check_finite(tensor.path, name, block)
         out[first - start : first - start + len(block)] = block
 
 
-def read_columns(tensor: StoredTensor, start: int, stop: int, out: np.ndarray) -> None:
+def read_columns(name: str, tensor: StoredTensor, start: int, stop: int, out: np.ndarray) -> None:
     """Fills `out` [stop - start, rows] float32 with the columns [start, stop), transposed.
 
     Passes over the whole tensor, whatever the columns.
+
+    Raises:
+      UsageError: a value in these columns is not finite; names the tensor.
     """
     for first, block in tensor.blocks(0, tensor.shape[0]):
+        check_finite(tensor.path, name, block[:, start:stop])
         out[:, first : first + len(block)] = block[:, start:stop].T
+
+
+def check_finite(where: epath.Path, name: str, values: np.ndarray) -> None:
+    """Raises UsageError if a value of the array is NaN or infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # The sum shows it without a copy. It may also be that of many large values.
+        is_finite = np.isfinite(values.sum(dtype=np.float32)) or np.isfinite(values).all()
+    if not is_finite:
+        raise UsageError(f"{where}: the tensor {name!r} holds a value that is no finite number")
 
 
 # Bytes per element of the format's dtypes.

@@ -7,7 +7,6 @@ all layers on axis 1, attention kernels are [d_model, layers, heads, d_kv], the 
 off it keeps layers apart, its attention kernels being [d_model, heads, d_kv].
 """
 
-import ast
 import dataclasses
 import functools
 import math
@@ -37,6 +36,8 @@ _CHECKED_FIELDS = {
     "num_decoder_layers": "num_decoder_layers",
     "logits_via_embedding": "tie_embeddings",
 }
+# Those that are read of it; the others concern T5X alone.
+GIN_FIELDS = (*_CHECKED_FIELDS, "dropout_rate", "mlp_activations")
 _NUM_NAMES_SHOWN = 3
 
 
@@ -47,7 +48,7 @@ def config_from_t5x(shapes: Mapping[str, Shape], gin_values: Mapping[str, Any]) 
 
     Args:
       shapes: of the parameters by T5X's names, without "target/".
-      gin_values: fields of T5X's T5Config, see `read_gin`; may be empty.
+      gin_values: some of `GIN_FIELDS`, which are fields of T5X's T5Config; may be empty.
 
     Raises:
       UsageError: the tensors are not those of an encoder-decoder T5, or disagree with each other
@@ -70,7 +71,8 @@ def config_from_t5x(shapes: Mapping[str, Shape], gin_values: Mapping[str, Any]) 
             return shape_of(f"{stack}/{stack}/pre_mlp_layer_norm/scale", rank=2)[1]
         shape_of(f"{stack}/layers_0/pre_mlp_layer_norm/scale")
         pattern = re.compile(rf"{stack}/layers_(\d+)/")
-        return 1 + max(int(match[1]) for name in shapes if (match := pattern.match(name)))
+        # As many as there are; if their numbers are others, a name is unknown and one is missing.
+        return len({match[1] for name in shapes if (match := pattern.match(name))})
 
     vocab_size, d_model = shape_of("token_embedder/embedding", rank=2)
     num_encoder_layers, num_decoder_layers = num_layers("encoder"), num_layers("decoder")
@@ -136,30 +138,6 @@ def t5x_names(path: str, shape: Shape, scanned: bool) -> list[str]:
     return [f"{stack}/layers_{i}/{rest}" for i in range(shape[0])]
 
 
-def read_gin(text: str) -> dict[str, Any]:
-    """The fields of T5X's `T5Config` that a gin file binds to plain values, macros resolved.
-
-    A field bound to something else, `@vocabulary()`, is left out.
-    """
-    text = re.sub(r"\\\n\s*", " ", text)
-    macros: dict[str, str] = {}
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        if match := re.match(r"([\w./]*\bT5Config)\.(\w+)\s*=\s*(.+)", line):
-            fields[match[2]] = match[3]
-        elif match := re.match(r"(\w+)\s*=\s*(.+)", line):
-            macros[match[1]] = match[2]
-    values = {}
-    for field, value in fields.items():
-        for _ in macros:
-            value = macros.get(value.strip().removeprefix("%"), value)
-        try:
-            values[field] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            continue
-    return values
-
-
 def _with_gin_values(config: T5Config, values: Mapping[str, Any]) -> T5Config:
     for theirs, ours in _CHECKED_FIELDS.items():
         if theirs in values and values[theirs] != getattr(config, ours):
@@ -169,22 +147,28 @@ def _with_gin_values(config: T5Config, values: Mapping[str, Any]) -> T5Config:
             )
     changes: dict[str, Any] = {}
     if "dropout_rate" in values:
-        changes["dropout_rate"] = values["dropout_rate"]
+        rate = values["dropout_rate"]
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise UsageError(f"config.gin: T5Config.dropout_rate = {rate!r}: must be a number")
+        changes["dropout_rate"] = rate
     if "mlp_activations" in values:
-        given = tuple(values["mlp_activations"])
-        for name in given:
-            if name not in _ACTIVATIONS:
-                raise UsageError(
-                    f"config.gin: T5Config.mlp_activations = {given!r}: {name!r} is unknown; "
-                    f"{nearest(str(name), _ACTIVATIONS)}"
-                )
-        if len(given) != len(config.mlp_activations):
-            raise UsageError(
-                f"config.gin: T5Config.mlp_activations = {given!r}, but the tensors are those of "
-                f"{len(config.mlp_activations)}"
-            )
-        changes["mlp_activations"] = tuple(_ACTIVATIONS[name] for name in given)
+        changes["mlp_activations"] = _activations(
+            values["mlp_activations"], len(config.mlp_activations)
+        )
     return dataclasses.replace(config, **changes)
+
+
+def _activations(given: Any, count: int) -> tuple[str, ...]:
+    """Our names of `count` of T5X's activations."""
+    binding = f"config.gin: T5Config.mlp_activations = {given!r}"
+    if not isinstance(given, tuple | list):
+        raise UsageError(f"{binding}: must be a tuple of names, ('relu',) or ('gelu', 'linear')")
+    for name in given:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            raise UsageError(f"{binding}: {name!r} is unknown; {nearest(str(name), _ACTIVATIONS)}")
+    if len(given) != count:
+        raise UsageError(f"{binding}, but the tensors are those of {count}")
+    return tuple(_ACTIVATIONS[name] for name in given)
 
 
 def _check_shapes(config: T5Config, shapes: Mapping[str, Shape]) -> None:

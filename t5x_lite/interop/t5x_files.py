@@ -22,6 +22,7 @@ from etils import epath
 from t5x_lite.errors import UsageError
 from t5x_lite.files import absolute, is_local
 from t5x_lite.interop import recognise
+from t5x_lite.interop.stored import check_finite
 
 # Those that T5X trains in; float32 holds every value of both.
 CONVERTED_DTYPES = ("float32", "bfloat16")
@@ -47,6 +48,7 @@ class StoredArray:
       dtype: "float32", "bfloat16", ...
       chunk: shape of the pieces in which it is stored.
       read: slices, one for each axis, -> that part, in the stored dtype.
+      where: the checkpoint's directory, for messages.
     """
 
     name: str
@@ -54,6 +56,13 @@ class StoredArray:
     dtype: str
     chunk: tuple[int, ...]
     read: Callable[..., np.ndarray]
+    where: epath.Path
+
+    def read_finite(self, *part: slice) -> np.ndarray:
+        """As `read`; raises UsageError if a value is NaN or infinite."""
+        values = self.read(*part)
+        check_finite(self.where, self.name, values)
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +85,19 @@ def open_checkpoint(path: epath.PathLike) -> StoredCheckpoint:
 
     Args:
       path: a checkpoint's directory, or one of several `checkpoint_<step>`, of which the newest
-        is taken.
+        that has its index is taken.
 
     Raises:
       UsageError: there is no T5X checkpoint, or it is damaged.
     """
     given = absolute(path)
     directory = _newest_step(given)
-    state_dir = next(
-        (d for d in (directory / "state", directory) if (d / _METADATA).exists()), None
-    )
     if (directory / _INDEX).is_file():
         return StoredCheckpoint(directory, "legacy", _open_legacy(directory))
-    if state_dir is not None:
+    if state_dir := _state_dir(directory):
         return StoredCheckpoint(directory, "orbax", _open_orbax(state_dir))
+    if directory != given:
+        raise UsageError(f"{directory} is incomplete, and so is any other checkpoint in {given}")
     raise UsageError(
         f"{given}: no T5X checkpoint here; looked for {_LOOKED_FOR}{recognise.hint(str(given))}"
     )
@@ -108,7 +116,16 @@ def _newest_step(directory: epath.Path) -> epath.Path:
         for child in directory.iterdir()
         if (match := _STEP_DIR.fullmatch(child.name))
     }
-    return steps[max(steps)] if steps else directory
+    newest_first = [steps[step] for step in sorted(steps, reverse=True)]
+    # A run that was killed, or a copy that was, leaves directories without an index.
+    complete = (step for step in newest_first if (step / _INDEX).is_file() or _state_dir(step))
+    return next(complete, newest_first[0] if steps else directory)
+
+
+def _state_dir(directory: epath.Path) -> epath.Path | None:
+    """Where Orbax's layout has its `_METADATA`; None if this is not its layout."""
+    places = (directory / "state", directory)
+    return next((place for place in places if (place / _METADATA).exists()), None)
 
 
 def _open_legacy(directory: epath.Path) -> dict[str, StoredArray]:
@@ -135,7 +152,7 @@ def _open_legacy(directory: epath.Path) -> dict[str, StoredArray]:
             is_whole = names[0] == "target"
             elsewhere[name] = _spec("zarr", _kvstore(place), is_whole)
         elif leaf is not None:
-            arrays[name] = _in_memory(name, np.asarray(leaf))
+            arrays[name] = _in_memory(name, np.asarray(leaf), directory)
     return arrays | _open_all(elsewhere, directory)
 
 
@@ -175,9 +192,9 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield from _leaves(value, (*path, key))
 
 
-def _in_memory(name: str, array: np.ndarray) -> StoredArray:
+def _in_memory(name: str, array: np.ndarray, where: epath.Path) -> StoredArray:
     shape = array.shape
-    return StoredArray(name, shape, str(array.dtype), shape, lambda *where: array[where])
+    return StoredArray(name, shape, str(array.dtype), shape, lambda *part: array[part], where)
 
 
 def _kvstore(directory: epath.Path) -> Any:
@@ -210,7 +227,7 @@ def _on_disk(name: str, store: ts.TensorStore, where: epath.Path) -> StoredArray
     shape = tuple(store.shape)
     pieces = store.chunk_layout.read_chunk.shape or shape
     chunk = tuple(size or n for size, n in zip(pieces, shape, strict=True))
-    return StoredArray(name, shape, store.dtype.name, chunk, read)
+    return StoredArray(name, shape, store.dtype.name, chunk, read, where)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from etils import epath
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.t5x import (
+    GIN_FIELDS,
     Shape,
     config_from_t5x,
     is_scanned,
     our_shapes,
     path_name,
-    read_gin,
     t5x_names,
 )
 from t5x_lite.interop.t5x_files import (
@@ -27,6 +27,7 @@ from t5x_lite.interop.t5x_files import (
     check_dtype,
     open_checkpoint,
 )
+from t5x_lite.interop.t5x_gin import read_gin
 from t5x_lite.interop.tensors import SavedOptimizer, Source, Tensor
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
@@ -47,7 +48,8 @@ def open_t5x(path: epath.PathLike) -> Source:
     than many small ones.
 
     Args:
-      path: `.../checkpoint_<step>`, or a directory of several, of which the newest is taken.
+      path: `.../checkpoint_<step>`, or a directory of several, of which the newest that has its
+        index is taken.
 
     Returns:
       The source. `optimizer` is None if Adafactor's state is not there or has no counterpart here;
@@ -62,8 +64,9 @@ def open_t5x(path: epath.PathLike) -> Source:
     for array in params.values():
         check_dtype(array, where)
     shapes = {name: array.shape for name, array in params.items()}
+    gin_values = _gin_values(where)
     try:
-        config = config_from_t5x(shapes, _gin_values(where))
+        config = config_from_t5x(shapes, gin_values)
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from e
     scanned = is_scanned(shapes)
@@ -98,8 +101,15 @@ def _below(prefix: str, arrays: Mapping[str, StoredArray]) -> dict[str, StoredAr
 def _gin_values(directory: epath.Path) -> dict[str, Any]:
     """T5X's T5Config as the operative configuration beside or above the checkpoint has it."""
     for place in (directory, directory.parent):
-        if (place / "config.gin").is_file():
-            return read_gin((place / "config.gin").read_text())
+        file = place / "config.gin"
+        if not file.is_file():
+            continue
+        try:
+            return read_gin(file.read_bytes().decode("utf-8-sig"), GIN_FIELDS)
+        except UnicodeDecodeError as e:
+            raise UsageError(f"{file} is no text in UTF-8: byte {e.start}") from None
+        except UsageError as e:
+            raise UsageError(f"{file}: {e}") from None
     return {}
 
 
@@ -124,14 +134,14 @@ def _tensor(
 
 
 def _unstacked(stored: StoredArray, shape: Shape) -> Tensor:
-    return Tensor(shape, lambda start, stop: as_float32(stored.read(slice(start, stop))))
+    return Tensor(shape, lambda start, stop: as_float32(stored.read_finite(slice(start, stop))))
 
 
 def _layers_apart(stored: list[StoredArray], shape: Shape) -> Tensor:
     def read(start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, *shape[1:]), np.float32)
         for layer, array in zip(out, stored[start:stop], strict=True):
-            layer[...] = array.read(...).reshape(layer.shape)
+            layer[...] = array.read_finite().reshape(layer.shape)
         return out
 
     return Tensor(shape, read)
@@ -151,7 +161,7 @@ def _stacked(stored: StoredArray, shape: Shape, layers_axis: int) -> Tensor:
         out = np.empty((stop - start, *sizes), np.float32)
         layers = slice(start, stop)
         for piece in itertools.product(*pieces):
-            part = stored.read(*piece[:layers_axis], layers, *piece[layers_axis:])
+            part = stored.read_finite(*piece[:layers_axis], layers, *piece[layers_axis:])
             out[:, *piece] = np.moveaxis(part, layers_axis, 0)
         return out.reshape(stop - start, *shape[1:])
 
