@@ -22,6 +22,7 @@ import time
 import jax
 import ml_dtypes
 import numpy as np
+from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.interop import hf
 from t5x_lite.models import t5
@@ -79,7 +80,24 @@ def write_checkpoint(directory: pathlib.Path, config: T5Config, dtype: np.dtype,
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     values = hf.config_to_hf(config, model_class="t5")
     (directory / "config.json").write_text(json.dumps(values))
+    (directory / "spiece.model").write_bytes(make_vocabulary(32000))
     return total
+
+
+def make_vocabulary(num_pieces: int) -> bytes:
+    """A SentencePiece model with as many pieces as T5's, none of which mean anything."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.unk_id = 0, 1, 2
+    model.trainer_spec.bos_id = -1
+    piece_type = model.SentencePiece
+    for piece, kind in (
+        ("<pad>", piece_type.CONTROL),
+        ("</s>", piece_type.CONTROL),
+        ("<unk>", piece_type.UNKNOWN),
+        *((f"\u2581w{i}", piece_type.NORMAL) for i in range(num_pieces - 3)),
+    ):
+        model.pieces.add(piece=piece, score=0.0, type=kind)
+    return model.SerializeToString()
 
 
 def run(*arguments: str) -> tuple[float, float, float]:
@@ -115,7 +133,7 @@ def main() -> None:
             f"{total / 1e9:.2f} GB of {arguments.dtype}; largest stacked tensor {largest:.3f} GB"
         )
         for what, flags in (
-            ("--from=hf", ("--from=hf", str(source), f"--to={model}", "--vocabulary=bytes")),
+            ("--from=hf", ("--from=hf", str(source), f"--to={model}")),
             ("--to=hf", (str(model), "--to=hf", str(out))),
         ):
             peak, seconds, cpu = run(*flags)

@@ -10,8 +10,8 @@ from t5x_lite.errors import UsageError
 from t5x_lite.verbs.flags import given, parser_of
 
 # So many CPU devices, each of which holds a part of an array: they are written one by one. More
-# than the published models have layers.
-_NUM_DEVICES = 32
+# than any model has layers, so that a number of layers that is prime is divided as well.
+_NUM_DEVICES = 128
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
