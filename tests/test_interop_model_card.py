@@ -199,7 +199,7 @@ def test_card_of_a_start_that_is_gone(tmp_path):
 
 def test_damaged_json_is_named(run):
     (run / "best.json").write_text("{")
-    with pytest.raises(UsageError, match=r"best\.json is not JSON"):
+    with pytest.raises(UsageError, match=r"best\.json is no valid JSON"):
         read_card(run, 1000)
 
 

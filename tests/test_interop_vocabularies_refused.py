@@ -24,9 +24,9 @@ def _refusal(function, *arguments) -> str:
     [
         ("spiece.model", b"", "spiece.model is not a SentencePiece model"),
         ("spiece.model", b"not a model", "spiece.model is not a SentencePiece model"),
-        ("tokenizer.json", b"{", "tokenizer.json cannot be read as JSON"),
-        ("tokenizer.json", b"\xff", "tokenizer.json cannot be read as JSON"),
-        ("tokenizer.json", [], "holds a list, not an object"),
+        ("tokenizer.json", b"{", "tokenizer.json is no valid JSON"),
+        ("tokenizer.json", b"\xff", "tokenizer.json is no valid JSON"),
+        ("tokenizer.json", [], "must be a JSON object, not a list"),
         ("tokenizer.json", {"version": "1.0"}, "'model' is missing"),
         ("tokenizer.json", {"model": {"type": "BPE"}}, "type 'BPE'; only Unigram"),
         ("tokenizer.json", {"model": {"type": "WordPiece"}}, "type 'WordPiece'; only Unigram"),

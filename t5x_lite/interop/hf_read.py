@@ -1,7 +1,6 @@
 """Reads the checkpoints of Hugging Face's T5 family: safetensors or PyTorch's `.bin`, in shards."""
 
 import functools
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from etils import epath
 
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.interop import hf, recognise
+from t5x_lite.interop.json_files import read_object
 from t5x_lite.interop.pickles import read_pickle
 from t5x_lite.interop.stored import (
     READABLE_DTYPES,
@@ -87,17 +87,7 @@ def _read_config(directory: epath.Path) -> dict[str, Any]:
         raise UsageError(
             f"no config.json in {str(directory)!r}{hint or recognise.hint(str(directory))}"
         )
-    return _read_json(path)
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: must be a JSON object, not a {type(values).__name__}")
-    return values
+    return read_object(path)
 
 
 def _read_weights(directory: epath.Path) -> Stored:
@@ -116,7 +106,7 @@ def _read_weights(directory: epath.Path) -> Stored:
 
 
 def _read_shards(index: epath.Path, read: Callable[[epath.Path], Stored]) -> Stored:
-    shard_of = _read_json(index).get("weight_map")
+    shard_of = read_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UsageError(f"{index}: no 'weight_map' from tensors to files in it")
     for name, shard in shard_of.items():

@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 from etils import epath
 
-from t5x_lite.errors import UsageError
 from t5x_lite.interop.hf import MODEL_CLASSES
+from t5x_lite.interop.json_files import read_object
 from t5x_lite.metrics import read_metrics
 from t5x_lite.models.config import T5Config
 
@@ -103,7 +103,7 @@ def read_card(model_dir: epath.PathLike, step: int, *, is_untouched: bool = Fals
       UsageError: a file is not what a run has written.
     """
     model_dir = epath.Path(model_dir)
-    model = _read_json(model_dir / "model.json")
+    model = read_object(model_dir / "model.json", optional=True)
     config = _read_text(model_dir / "config.gin")
     settings = parse_config(config)
     if is_untouched:
@@ -119,7 +119,7 @@ def read_card(model_dir: epath.PathLike, step: int, *, is_untouched: bool = Fals
         training=_select(settings, _TRAINING),
         lineage=_read_lineage(settings.get(_INITIAL)),
         converted_from=model.get("converted_from"),
-        best=None if is_untouched else _read_json(model_dir / "best.json") or None,
+        best=None if is_untouched else read_object(model_dir / "best.json", optional=True) or None,
         metrics=_read_last_metrics(model_dir / "metrics", step),
         config=config,
     )
@@ -220,17 +220,6 @@ def _read_text(path: epath.Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    text = _read_text(path)
-    try:
-        content = json.loads(text) if text else {}
-    except ValueError as e:
-        raise UsageError(f"{os.fspath(path)} is not JSON: {e}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{os.fspath(path)} holds no JSON object but a {type(content).__name__}")
-    return content
-
-
 def _read_last_metrics(directory: epath.Path, step: int) -> tuple[Metric, ...]:
     """Of each series the last line up to `step`, without what is no measure of quality."""
     metrics = []
@@ -253,7 +242,7 @@ def _read_lineage(initial: str | None) -> tuple[str, ...]:
         if found is None:
             lineage.append(f"{_code(initial)}, of which nothing more is known here")
             break
-        model = _read_json(found / "model.json")
+        model = read_object(found / "model.json", optional=True)
         settings = parse_config(_read_text(found / "config.gin"))
         lineage.append(_describe_ancestor(initial, model, settings))
         initial = settings.get(_INITIAL)

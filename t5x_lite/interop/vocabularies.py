@@ -24,6 +24,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t5x_lite.errors import UsageError
 from t5x_lite.interop import tokenizer_json
+from t5x_lite.interop.json_files import read_object
 
 BYTES = "bytes"
 NUM_BYTE_IDS = 3 + 256  # pad, eos, unk, then the bytes
@@ -109,13 +110,13 @@ def read_tokenizer(directory: os.PathLike | str) -> ForeignVocabulary | None:
       UsageError: it is of another type than SentencePiece's Unigram or bytes, or a file is broken.
     """
     folder = epath.Path(directory)
-    config = _read_json(folder / "tokenizer_config.json")
-    model_config = _read_json(folder / "config.json")
+    config = read_object(folder / "tokenizer_config.json", optional=True)
+    model_config = read_object(folder / "config.json", optional=True)
     if _BYTES_CLASS in (config.get("tokenizer_class"), model_config.get("tokenizer_class")):
         return _bytes(str(folder))
-    special = _read_json(folder / "special_tokens_map.json") | config
+    special = read_object(folder / "special_tokens_map.json", optional=True) | config
     json_path = folder / "tokenizer.json"
-    json_values = _read_json(json_path)
+    json_values = read_object(json_path, optional=True)
     added = _added_tokens(folder, config, json_values)
     for name in _MODEL_FILES:
         path = folder / name
@@ -139,19 +140,6 @@ def read_tokenizer(directory: os.PathLike | str) -> ForeignVocabulary | None:
 
 def _bytes(file: str) -> ForeignVocabulary:
     return ForeignVocabulary(None, NUM_BYTE_IDS, 0, file, 0)
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, OSError) as e:
-        raise UsageError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
 
 
 def _read_proto(path: epath.Path) -> Any:
@@ -199,7 +187,7 @@ def _added_tokens(
     """Tokens by id that were added to the pieces, from wherever the versions keep them."""
     tokens: dict[int, str] = {}
     try:
-        for token, i in _read_json(folder / "added_tokens.json").items():
+        for token, i in read_object(folder / "added_tokens.json", optional=True).items():
             tokens[int(i)] = str(token)
         for entry in json_values.get("added_tokens") or []:
             tokens[int(entry["id"])] = str(entry["content"])
