@@ -1,5 +1,6 @@
 """Hugging Face's names and configurations, as their files and transformers have them."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,6 +13,16 @@ from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
 
 FIXTURES = ["t5_v10", "t5_v11", "t5_v11_sharded", "mt5", "umt5"]
+
+SMALL = T5Config(
+    vocab_size=64,
+    d_model=8,
+    d_ff=24,
+    d_kv=5,
+    num_heads=3,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
 
 
 @pytest.fixture(params=FIXTURES)
@@ -28,14 +39,8 @@ def fixture(request, shared_data):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_the_names_are_one_to_one_with_the_tree(activations, tied, per_layer):
-    config = T5Config(
-        vocab_size=64,
-        d_model=8,
-        d_ff=24,
-        d_kv=5,
-        num_heads=3,
-        num_encoder_layers=2,
-        num_decoder_layers=3,
+    config = dataclasses.replace(
+        SMALL,
         mlp_activations=activations,
         tie_embeddings=tied,
         relative_bias_per_layer=per_layer,
@@ -239,14 +244,8 @@ def test_transformers_reads_our_configuration_as_the_same_model():
     torch = pytest.importorskip("torch")
     for model_class, name in hf.MODEL_CLASSES.items():
         for tied in (False, True):
-            config = T5Config(
-                vocab_size=64,
-                d_model=8,
-                d_ff=24,
-                d_kv=5,
-                num_heads=3,
-                num_encoder_layers=2,
-                num_decoder_layers=3,
+            config = dataclasses.replace(
+                SMALL,
                 tie_embeddings=tied,
                 relative_bias_per_layer=model_class == "umt5",
             )

@@ -26,7 +26,7 @@ def is_address(path: str) -> bool:
 
 
 def kind_of(directory: epath.Path) -> str | None:
-    """ "model_dir" (as `train` and `convert` leave it), "hf", "t5x", or None for anything else."""
+    """One of "model_dir" (what `train` and `convert` leave), "hf", "t5x"; None for all else."""
     if (directory / "model.json").is_file():
         return "model_dir"
     if _is_t5x(directory) or any(_T5X_STEP.fullmatch(child.name) for child in directory.iterdir()):
@@ -35,9 +35,9 @@ def kind_of(directory: epath.Path) -> str | None:
 
 
 def hint(path: str) -> str:
-    """ "; what it is, and what to do": for the end of a message that it is not what was wanted.
+    """What a path is and what to do with it: the end of a message that something else was wanted.
 
-    Empty if nothing can be said.
+    It begins with "; ", and is empty if nothing can be said.
     """
     if is_address(path):
         match = _HUB_ADDRESS.fullmatch(path)
@@ -62,7 +62,7 @@ def hint(path: str) -> str:
 
 
 def unreadable(directory: epath.Path) -> str:
-    """ "; FILE is ..., which is not read" of a file of weights that people take for one that is."""
+    """As `hint`, of a file of weights that people take for one that is read."""
     names = (name for name in _UNREADABLE if (directory / name).is_file())
     return next((f"; {name} is {_UNREADABLE[name]}" for name in names), "")
 
