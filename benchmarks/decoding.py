@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import gin_utils, partitioning
+from t5x_lite import gin_utils
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.predict import Predictor
 
 INPUTS, NEW, END_MARK = 64, 32, 1
@@ -58,11 +59,11 @@ def make_params(config: T5Config) -> Any:
 
 def make_ours(config: T5Config, params: Any, inputs: np.ndarray, decode: DecodeConfig) -> Decode:
     """A function that decodes all inputs: int [rows, NEW]."""
-    mesh = partitioning.make_mesh({"data": 1}, jax.devices()[:1])
+    one_device = make_partitioning({"data": 1}, devices=jax.devices()[:1])
     predictor = Predictor(
-        config, mesh, batch_size=len(inputs), input_length=INPUTS, target_length=NEW
+        config, one_device, batch_size=len(inputs), input_length=INPUTS, target_length=NEW
     )
-    placed = jax.device_put(params, partitioning.replicated(mesh))
+    placed = jax.device_put(params, one_device.replicated)
     return lambda: np.stack([p.ids[0] for p in predictor.generate(placed, list(inputs), decode)])
 
 

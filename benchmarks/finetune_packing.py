@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from t5x_lite import data, gin_utils, partitioning, setup
+from t5x_lite import data, gin_utils, setup
 from t5x_lite.run_config import TrainConfig
 
 TASKS = ("glue_sst2_v002", "glue_cola_v002")
@@ -74,7 +74,7 @@ def make_side(config: TrainConfig, num_batches: int) -> Side:
         for batch in batches
     ]
     programs = setup.make_programs(config)
-    rows = itertools.cycle([partitioning.shard_batch(batch, programs.mesh) for batch in batches])
+    rows = itertools.cycle([programs.partitioning.shard_batch(batch) for batch in batches])
     key = jax.random.key(0)
     state = programs.init(key)
 

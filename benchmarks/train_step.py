@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from t5x_lite import gin_utils, partitioning, setup
+from t5x_lite import gin_utils, setup
 from t5x_lite.run_config import TrainConfig
 
 INPUTS, TARGETS = 512, 114
@@ -57,7 +57,7 @@ def make_ours(config: TrainConfig) -> Callable[[], None]:
     """A function that makes one of our steps and waits for it."""
     programs = setup.make_programs(config)
     batch = random_batch(config.data.batch_size, config.model.vocab_size)
-    rows = partitioning.shard_batch(batch, programs.mesh)
+    rows = programs.partitioning.shard_batch(batch)
     key = jax.random.key(0)
     state = programs.init(key)
 

@@ -21,8 +21,9 @@ import seqio
 import tensorflow as tf
 
 import tasks  # noqa: F401  registers them
-from t5x_lite import packing
+from t5x_lite import input_position, packing
 from t5x_lite.errors import UsageError, nearest
+from t5x_lite.partitioning import InputShare
 from t5x_lite.run_config import DataConfig
 from tasks import casts, mixing, shards, sources, text_files, vocabularies
 
@@ -35,6 +36,12 @@ Provider: TypeAlias = seqio.Task | seqio.Mixture
 
 # Evaluation draws the same noise at every step and in every run.
 EVAL_SEED = 42
+
+# As many as seqio shuffles where a task does not say.
+_SHUFFLED_BEFORE_PACKING = 1000
+
+# The entry of a saved position that tells whose it is.
+_SHARE = "share"
 
 _user_module: str | None = None  # for the message of a name that is not registered
 
@@ -168,13 +175,19 @@ def text_ids(provider: Provider, model_vocab_size: int) -> np.ndarray:
 
 
 class TrainBatches:
-    """An endless iterator of this host's rows, whose position can be saved and restored.
+    """An endless iterator of this process's rows, whose position can be saved and restored.
 
-    Each batch is a dict of int32 [batch_size / hosts, length] arrays named as
+    Each batch is a dict of int32 [batch_size / shares, length] arrays named as
     `seqio.EncDecFeatureConverter` names them.
     """
 
-    def __init__(self, dataset: tf.data.Dataset):
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        share: InputShare = InputShare(),  # noqa: B008 - frozen
+    ):
+        """`dataset` is of the batches of this share."""
+        self._share = f"{share.index} of {share.count}"
         self._iterator = iter(dataset)
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
 
@@ -205,35 +218,50 @@ class TrainBatches:
                 for path in sorted(pathlib.Path(folder).iterdir()):
                     # A file time of its own would make equal positions differ.
                     archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
+                archive.writestr(zipfile.ZipInfo(_SHARE), self._share)
         return packed.getvalue()
 
     def restore(self, position: bytes) -> None:
-        """Goes to where `position` was taken, in this or another process."""
+        """Goes to where `position` was taken, in this or another process.
+
+        Raises:
+          UsageError: it was taken in another share of the batches, or in a cache.
+        """
+        if input_position.read_indexed(position) is not None:
+            raise UsageError(
+                "the checkpoint's input position is that of a cache: give the run its CACHE_DIR, "
+                "or another MODEL_DIR"
+            )
         with tempfile.TemporaryDirectory() as folder:
             with zipfile.ZipFile(io.BytesIO(position)) as archive:
+                saved = archive.read(_SHARE).decode()
+                if saved != self._share:
+                    raise UsageError(input_position.other_share(saved, self._share))
                 archive.extractall(folder)
             self._checkpoint.read(f"{folder}/position").assert_consumed()
 
 
 def train_batches(
-    config: DataConfig, provider: Provider, seed: int, host: int = 0, num_hosts: int = 1
+    config: DataConfig,
+    provider: Provider,
+    seed: int,
+    share: InputShare = InputShare(),  # noqa: B008
 ) -> TrainBatches:
     """Shuffled batches of `config.split`, epoch after epoch; the seed fixes their order.
 
     Args:
       config: lengths, batch size, packing.
       provider: from `check`.
-      seed: fixes the stream together with the number of hosts.
-      host: index of this host.
-      num_hosts: number of hosts; each reads its own share.
+      seed: fixes the stream together with the number of shares.
+      share: what of each batch to read.
 
     Raises:
       UsageError: one pass over the split does not fill one batch, or the pipeline cannot be saved.
     """
-    rows = config.batch_size // num_hosts
-    shard_info = seqio.ShardInfo(host, num_hosts) if num_hosts > 1 else None
-    share: dict[str, Any] = {"shard_info": shard_info, "seed": seed}
-    once = _dataset(config, provider, config.split, shuffle=False, num_epochs=1, **share)
+    rows = config.batch_size // share.count
+    shard_info = seqio.ShardInfo(share.index, share.count) if share.count > 1 else None
+    options: dict[str, Any] = {"shard_info": shard_info, "seed": seed}
+    once = _dataset(config, provider, config.split, shuffle=False, num_epochs=1, **options)
     # A pipeline that cannot be saved is refused now rather than at the first save. Before it runs,
     # the shuffled one does not show it: a shuffle has no input to save until then.
     probe = TrainBatches(once)
@@ -246,8 +274,34 @@ def train_batches(
             f"{dict(config.task_feature_lengths)}, fewer than the {rows} of one batch; lower "
             "BATCH_SIZE"
         )
-    dataset = _dataset(config, provider, config.split, shuffle=True, num_epochs=None, **share)
-    return TrainBatches(dataset.batch(rows, drop_remainder=True).prefetch(2))
+    dataset = _dataset(config, provider, config.split, shuffle=True, num_epochs=None, **options)
+    return TrainBatches(dataset.batch(rows, drop_remainder=True).prefetch(2), share)
+
+
+# ---- for the cache -------------------------------------------------------------------------------
+
+
+def rows_of_part(
+    config: DataConfig, task: seqio.Task, seed: int, index: int, num_parts: int
+) -> Iterator[Batch]:
+    """One pass over a part of `config.split`, up to 64 rows at a time.
+
+    Examples are shuffled a little before they are packed, as the stream's are.
+
+    Args:
+      config: lengths, packing.
+      task: from `check`.
+      seed: of the objective's noise and of that shuffle.
+      index: which part.
+      num_parts: parts in all.
+    """
+    part = seqio.ShardInfo(index, num_parts) if num_parts > 1 else None
+    dataset = _examples(
+        config, task, config.split, shuffle=False, seed=seed, num_epochs=1, shard_info=part
+    )
+    dataset = _rows(dataset.shuffle(_SHUFFLED_BEFORE_PACKING, seed=seed), config)
+    with bad_records():
+        yield from dataset.batch(64).prefetch(2).as_numpy_iterator()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -256,7 +310,7 @@ def train_batches(
 class EvalBatches:
     """The batches of one pass over a split, the same each time; the last one padded with zeros.
 
-    Every host goes through all of the split and keeps its rows of each batch.
+    Every process goes through all of the split and keeps its rows of each batch.
     """
 
     def __init__(
@@ -264,8 +318,7 @@ class EvalBatches:
         config: DataConfig,
         provider: Provider,
         max_batches: int | None,
-        host: int = 0,
-        num_hosts: int = 1,
+        share: InputShare = InputShare(),  # noqa: B008 - frozen
         padded_size: int | None = None,
     ):
         """`padded_size` rows make a batch, of which `config.batch_size` (the default) are real."""
@@ -277,8 +330,7 @@ class EvalBatches:
             dataset = dataset.take(max_batches)
         self._dataset = dataset.prefetch(2)
         self._padded_size = padded_size or config.batch_size
-        rows = self._padded_size // num_hosts
-        self._rows = slice(host * rows, (host + 1) * rows)
+        self._rows = share.rows(self._padded_size)
 
     def __iter__(self) -> Iterator[Batch]:
         with bad_records():
@@ -355,7 +407,10 @@ def decode(vocabulary: seqio.Vocabulary, ids: np.ndarray) -> str:
 
 def _dataset(config: DataConfig, provider: Provider, split: str, **options: Any) -> tf.data.Dataset:
     """Rows as the model sees them."""
-    dataset = _examples(config, provider, split, **options)
+    return _rows(_examples(config, provider, split, **options), config)
+
+
+def _rows(dataset: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
     dataset = packing.model_features(dataset, config.task_feature_lengths, pack=config.pack)
     fused = tf.data.Options()
     fused.experimental_optimization.map_fusion = True  # a tenth faster, the same examples
@@ -389,9 +444,9 @@ def _examples(
     )
 
 
-def vocabulary_content(provider: Provider) -> bytes | None:
-    """The serialised SentencePiece model of the targets; None for bytes."""
-    vocabulary = _resolved_vocabulary(provider)
+def vocabulary_content(provider: Provider, feature: str = "targets") -> bytes | None:
+    """The serialised SentencePiece model of a feature; None for bytes."""
+    vocabulary = _resolved_vocabulary(provider, feature)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return vocabulary.sp_model
     return None
@@ -408,16 +463,16 @@ def source_shards(provider: Provider, split: str) -> list[str]:
     ]
 
 
-def _resolved_vocabulary(provider: Provider) -> seqio.Vocabulary:
-    vocabulary = target_vocabulary(provider)
+def _resolved_vocabulary(provider: Provider, feature: str = "targets") -> seqio.Vocabulary:
+    vocabulary = provider.output_features[feature].vocabulary
     if isinstance(vocabulary, vocabularies.LazyVocabulary):
         return vocabulary.resolve()
     return vocabulary
 
 
-def vocabulary_description(provider: Provider) -> dict[str, Any]:
-    """What `model.json` says about the vocabulary of the targets."""
-    vocabulary = _resolved_vocabulary(provider)
+def vocabulary_description(provider: Provider, feature: str = "targets") -> dict[str, Any]:
+    """What `model.json` says about the vocabulary of a feature."""
+    vocabulary = _resolved_vocabulary(provider, feature)
     description = {"class": type(vocabulary).__name__, "size": vocabulary.vocab_size}
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         description["sentencepiece_model_file"] = str(vocabulary.sentencepiece_model_file)

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from t5x_lite import metrics, partitioning
+from t5x_lite import metrics
+from t5x_lite.partitioning import Partitioning
 
 Batch = Mapping[str, np.ndarray]
 
@@ -17,7 +17,7 @@ def evaluate_loss(
     params: Any,
     batches: Iterable[Batch],
     text_ids_V: np.ndarray,
-    mesh: Mesh,
+    partitioning: Partitioning,
 ) -> dict[str, float]:
     """Mean losses over all tokens of the batches.
 
@@ -26,7 +26,7 @@ def evaluate_loss(
       params: the parameters.
       batches: this host's rows of each batch.
       text_ids_V: bool, the ids that are text.
-      mesh: where the batches go.
+      partitioning: where the batches go.
 
     Returns:
       `loss`, `text_loss` (over text tokens alone) in nats per token, `accuracy`, and the counts
@@ -34,7 +34,7 @@ def evaluate_loss(
     """
     totals: dict[str, float] = {}
     for batch in batches:
-        sums = eval_step(params, partitioning.shard_batch(batch, mesh), text_ids_V)
+        sums = eval_step(params, partitioning.shard_batch(batch), text_ids_V)
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     return metrics.summarize(totals)

@@ -13,10 +13,11 @@ import rich.console
 import rich.progress
 import rich.table
 
-from t5x_lite import data, evaluate, partitioning, saved_run, setup, task_evaluation
-from t5x_lite.checkpoints import from_process_0
+from t5x_lite import data, evaluate, saved_run, setup, task_evaluation
+from t5x_lite.distributed import from_process_0, is_coordinator
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.metrics import MetricWriter
+from t5x_lite.partitioning import InputShare, Partitioning, make_partitioning
 from t5x_lite.run_config import EvalConfig, TrainConfig, eval_name
 from t5x_lite.task_evaluation import EvalTask
 
@@ -75,25 +76,31 @@ def evaluate_run(
     steps = from_process_0(lambda: saved_run.checkpoint_steps(run, checkpoint))
     evaluation = config.evaluation
     evaluation.decode.check(config.model.vocab_size)
-    config, padded_size = _fit_devices(config)
-    opened = _open(config, run, task, split, padded_size)
+    config, partitioning = _fit_devices(config)
+    shards = partitioning.num_batch_shards
+    padded_size = -(-config.data.batch_size // shards) * shards
+    opened = _open(config, run, task, split, padded_size, partitioning.input_share())
     for eval_task in opened.eval_tasks:
         eval_task.series += _suffix(evaluation, trained_with or evaluation)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, batch_size=padded_size)
     )
-    programs = setup.make_programs(config, compile_train_step=False)
-    predictor = setup.make_predictor(config, programs.mesh)
+    programs = setup.make_programs(config, partitioning, compile_train_step=False)
+    predictor = setup.make_predictor(config, partitioning)
     # Metrics are computed on every process, and written by one.
-    writes = jax.process_index() == 0
-    writer = MetricWriter(config.model_dir) if writes else None
+    writes = is_coordinator()
+    writer = MetricWriter(config.model_dir, enabled=writes)
     results: Results = {}
     with _Bar(enabled=writes) as bar:
         for step in steps:
-            params = saved_run.load_params(run, step, programs.mesh)
+            params = saved_run.load_params(run, step, partitioning)
             with bar.part(f"step {step}  loss", None):
                 losses = evaluate.evaluate_loss(
-                    programs.eval_step, params, opened.batches, opened.text_ids_V, programs.mesh
+                    programs.eval_step,
+                    params,
+                    opened.batches,
+                    opened.text_ids_V,
+                    partitioning,
                 )
             results.setdefault(opened.loss_series, {})[step] = losses
             for eval_task in opened.eval_tasks:
@@ -108,12 +115,11 @@ def evaluate_run(
                         on_progress=on_progress,
                     )
                 results.setdefault(eval_task.series, {})[step] = result.metrics
-                if writer is not None:
+                if writes:
                     task_evaluation.write(config.model_dir, writer, eval_task, step, result)
-            if writer is not None:
-                writer.write(opened.loss_series, step, losses)  # last, as in training
-                writer.flush()
-    if writer is not None:
+            writer.write(opened.loss_series, step, losses)  # last, as in training
+            writer.flush()
+    if writes:
         _print_tables(results)
     return results
 
@@ -136,6 +142,7 @@ def _open(
     task: str | None,
     split: str | None,
     padded_size: int,
+    share: InputShare,
 ) -> _Opened:
     """Opens the data; raises UsageError for whatever is wrong with it."""
     own = config.data.mixture_or_task_name
@@ -158,8 +165,7 @@ def _open(
         at_split,
         provider,
         config.eval_steps,
-        jax.process_index(),
-        jax.process_count(),
+        share,
         padded_size,
     )
     if next(iter(batches), None) is None:
@@ -176,19 +182,19 @@ def _open(
     )
 
 
-def _fit_devices(config: TrainConfig) -> tuple[TrainConfig, int]:
-    """The run on the devices that there are, and how many rows a batch is filled up to for them.
+def _fit_devices(config: TrainConfig) -> tuple[TrainConfig, Partitioning]:
+    """The run on the devices that there are, its batches in one piece.
 
     The run's mesh where the devices are as many, else all of them along `data`.
     """
-    shape = config.mesh
-    if shape is not None and math.prod(shape.values()) != len(jax.devices()):
-        shape = None
-    parts = partitioning.make_mesh(shape).shape["data"]
-    config = dataclasses.replace(
-        config, mesh=shape, loss=dataclasses.replace(config.loss, num_microbatches=1)
+    fits = config.mesh is not None and math.prod(config.mesh.values()) == len(jax.devices())
+    partitioning = make_partitioning(
+        config.mesh if fits else None,
+        over_slices=config.dcn_mesh if fits else None,
+        rules=config.sharding_rules,
     )
-    return config, -(-config.data.batch_size // parts) * parts
+    one_piece = dataclasses.replace(config.loss, num_microbatches=1)
+    return dataclasses.replace(config, loss=one_piece), partitioning
 
 
 # ---- what a person sees --------------------------------------------------------------------------

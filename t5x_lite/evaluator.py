@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from t5x_lite import evaluate, setup
+from t5x_lite.distributed import from_process_0, is_coordinator
 from t5x_lite.metrics import MetricWriter, read_metrics
 from t5x_lite.run_config import TrainConfig, eval_name
 
@@ -16,7 +17,10 @@ class _StoppedError(Exception):
 
 
 class Evaluator:
-    """Evaluates the run's validation split, the same examples each time."""
+    """Evaluates the run's validation split, the same examples each time.
+
+    Every process of the job calls every method, and process 0 writes.
+    """
 
     def __init__(
         self,
@@ -40,13 +44,15 @@ class Evaluator:
         self._programs = programs
         self._writer = writer
         self._is_stopped = is_stopped
-        self.predictor = setup.make_predictor(config, programs.mesh)
+        self.predictor = setup.make_predictor(config, programs.partitioning)
 
     def has_evaluated(self, step: int) -> bool:
         """True if the evaluation of this step was written to its end."""
         name = eval_name(self._config)
         path = epath.Path(self._config.model_dir) / "metrics" / f"{name}.jsonl"
-        return path.exists() and any(record["step"] == step for record in read_metrics(path))
+        return from_process_0(
+            lambda: path.exists() and any(record["step"] == step for record in read_metrics(path))
+        )
 
     def evaluate(self, step: int, params: Any) -> list[str]:
         """Measures, and writes metrics and predictions.
@@ -63,7 +69,7 @@ class Evaluator:
                 params,
                 self._until_stopped(),
                 self._data.text_ids_V,
-                self._programs.mesh,
+                self._programs.partitioning,
             )
             results = [
                 task_evaluation.evaluate(
@@ -81,7 +87,8 @@ class Evaluator:
             return []
         lines = []
         for task, result in zip(self._data.eval_tasks, results, strict=True):
-            task_evaluation.write(self._config.model_dir, self._writer, task, step, result)
+            if is_coordinator():
+                task_evaluation.write(self._config.model_dir, self._writer, task, step, result)
             figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
             lines.append(f"step {step}  {task.series}  {figures}")
         name = eval_name(self._config)

@@ -11,16 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from t5x_lite import files, infer_output, partitioning, saved_run
-from t5x_lite.checkpoints import from_process_0
+from t5x_lite import files, infer_output, saved_run
 from t5x_lite.decoding import NO_BEAM, DecodeConfig
+from t5x_lite.distributed import from_process_0, is_coordinator, tell
 from t5x_lite.errors import Failure, UsageError
 from t5x_lite.infer_inputs import Example, FileInputs, FileSource, Source
 from t5x_lite.infer_progress import LineProgress
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.predict import Prediction, Predictor
 from t5x_lite.saved_run import SavedRun
 from tasks import vocabularies
@@ -148,21 +148,23 @@ def infer(config: InferConfig) -> epath.Path:
 
     try:
         settings, begun = from_process_0(lambda: _settings(config, run, predictor, path, digest))
+        if settings["input_sha256"] != digest:
+            raise UsageError("the inputs that this process reads are not those of process 0")
         if begun:
             kept = from_process_0(keep)
         if not begun or kept[0] < len(span):
-            params = saved_run.load_params(run, settings["step"], predictor.mesh)
+            params = saved_run.load_params(run, settings["step"], predictor.partitioning)
             if not begun:
                 from_process_0(lambda: infer_output.claim(path, settings))
                 kept = from_process_0(keep)
             elif kept[0]:
-                _print(f"goes on after {kept[0]:,} of {len(span):,} lines in {path}")
+                tell(f"goes on after {kept[0]:,} of {len(span):,} lines in {path}")
             examples = source.examples(span.start + kept[0], span.stop)
             windows = iter(lambda: list(itertools.islice(examples, window)), [])
-            with LineProgress(len(span), kept[0], enabled=jax.process_index() == 0) as bar:
+            with LineProgress(len(span), kept[0], enabled=is_coordinator()) as bar:
                 for batch in windows:
                     records = _infer(config, run, predictor, params, batch, span.start + kept[0])
-                    if jax.process_index() == 0:
+                    if is_coordinator():
                         output.append([_json_line(record) for record in records])
                     kept[0] += len(records)
                     kept[1] += sum("truncated" in record for record in records)
@@ -172,28 +174,24 @@ def infer(config: InferConfig) -> epath.Path:
         from_process_0(output.finish)
     finally:
         output.close()
-    _print(f"complete: {kept[0]:,} lines in {path}")
+    tell(f"complete: {kept[0]:,} lines in {path}")
     if kept[1]:
-        _print(
+        tell(
             f"longer than {predictor.input_length} tokens and cut: {kept[1]:,} of them "
             '("truncated": true); --input_length allows more'
         )
     return path
 
 
-def _print(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 def _make_predictor(config: InferConfig, run: SavedRun) -> Predictor:
-    mesh = partitioning.make_mesh(config.mesh)
+    partitioning = make_partitioning(config.mesh)
     rows = config.batch_size
     if rows is None:
-        rows = math.ceil(32 / mesh.shape["data"]) * mesh.shape["data"]
+        shards = partitioning.num_batch_shards
+        rows = math.ceil(32 / shards) * shards
     return Predictor(
         run.model,
-        mesh,
+        partitioning,
         batch_size=rows,
         input_length=config.input_length or run.feature_lengths["inputs"],
         target_length=config.target_length or run.feature_lengths["targets"],

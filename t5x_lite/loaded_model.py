@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from t5x_lite import partitioning, saved_run
+from t5x_lite import saved_run
 from t5x_lite.decoding import METHOD_OF, METHODS, NO_BEAM, DecodeConfig
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.infer_inputs import encode as spell
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import Partitioning, make_partitioning
 from t5x_lite.predict import Predictor
 from t5x_lite.saved_run import SavedRun
 from tasks import vocabularies
@@ -46,7 +46,7 @@ def load_model(
     Args:
       model_dir: the directory, local or of an object store.
       checkpoint: "latest", "best" (of a run with BEST_METRIC), or a step.
-      mesh: devices along each axis, {"data": 4, "model": 2}; None: all devices along "data".
+      mesh: devices along each axis, {"fsdp": 4, "model": 2}; None: all devices along "data".
 
     Raises:
       UsageError: there is no such model or checkpoint, or the mesh does not fit.
@@ -59,8 +59,8 @@ def load_model(
     _check_mesh(mesh)
     run = saved_run.read(os.path.expanduser(model_dir))
     [step] = saved_run.checkpoint_steps(run, which)
-    devices = partitioning.make_mesh(mesh)
-    return LoadedModel(run, step, saved_run.load_params(run, step, devices), devices)
+    partitioning = make_partitioning(mesh)
+    return LoadedModel(run, step, saved_run.load_params(run, step, partitioning), partitioning)
 
 
 def _check_checkpoint(checkpoint: object) -> str:
@@ -79,7 +79,7 @@ def _check_mesh(mesh: object) -> None:
         isinstance(n, int) and n >= 1 for n in mesh.values()
     ):
         raise UsageError(
-            f"mesh = {mesh!r}: give devices along each axis, such as {{'data': 4, 'model': 2}}"
+            f"mesh = {mesh!r}: give devices along each axis, such as {{'fsdp': 4, 'model': 2}}"
         )
 
 
@@ -109,11 +109,12 @@ class LoadedModel:
 
     # Any other name that is set is a mistyped one.
     __slots__ = (
-        *("_mesh", "_params", "config", "input_length", "model_dir", "step", "target_length"),
+        *("_params", "_partitioning", "config", "input_length"),
+        *("model_dir", "step", "target_length"),
         "vocabulary",
     )
 
-    def __init__(self, run: SavedRun, step: int, params: t5.Params, mesh: Mesh):
+    def __init__(self, run: SavedRun, step: int, params: t5.Params, partitioning: Partitioning):
         self._params = params
         self.config: T5Config = run.model
         self.vocabulary = run.vocabulary
@@ -121,7 +122,7 @@ class LoadedModel:
         self.model_dir = os.fspath(run.model_dir)
         self.input_length = run.feature_lengths["inputs"]
         self.target_length = run.feature_lengths["targets"]
-        self._mesh = mesh
+        self._partitioning = partitioning
 
     def __repr__(self) -> str:
         config = self.config
@@ -251,10 +252,10 @@ class LoadedModel:
         if target_length < 1:
             raise UsageError(f"max_length = {target_length}: must be at least 1")
         wanted = next((n for n in _BATCH_SIZES if n >= num_rows), _BATCH_SIZES[-1])
-        shards = self._mesh.shape["data"]
+        shards = self._partitioning.num_batch_shards
         return Predictor(
             self.config,
-            self._mesh,
+            self._partitioning,
             batch_size=math.ceil(wanted / shards) * shards,
             input_length=self.input_length,
             target_length=target_length,

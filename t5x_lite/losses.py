@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t5x_lite.models.activations import lay_out
+
 # The float32 logits of a chunk take at most this many bytes on a device.
 CHUNK_BYTES = 256 * 2**20
 
@@ -93,7 +95,7 @@ def token_log_likelihood(
 
     def one(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = chunk
-        logits = hidden.astype(jnp.float32) @ kernel_DxV
+        logits = _logits(hidden.astype(jnp.float32), kernel_DxV)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         return _pick(logits, targets) - log_z, jnp.argmax(logits, axis=-1) == targets
 
@@ -103,6 +105,10 @@ def token_log_likelihood(
     pieces = tuple(_cut(x, chunks) for x in (hidden_BxLxD, targets_BxL))
     log_likelihood, correct = jax.lax.map(one, pieces)
     return whole(log_likelihood), whole(correct)
+
+
+def _logits(hidden_BxLxD: Array, kernel_DxV: Array) -> Array:
+    return lay_out(hidden_BxLxD @ kernel_DxV, "batch", "length", "activation_vocab")
 
 
 def _pick(logits_BxLxV: Array, targets_BxL: Array) -> Array:
@@ -128,7 +134,7 @@ def _chunk(
     """One chunk's sums, and with them, if asked for, the gradient of loss + z_loss with respect to
     its hidden states and to the kernel."""
     hidden32 = hidden.astype(jnp.float32)
-    logits = hidden32 @ kernel
+    logits = _logits(hidden32, kernel)
     vocab_size = kernel.shape[-1]
     maximum = jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(logits - maximum)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
-from t5x_lite import decoding, losses, partitioning
+from t5x_lite import decoding, losses
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import cached, t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import Partitioning
 
 _SMALLEST_BUCKET = 8
 
@@ -44,7 +44,7 @@ class Predictor:
     def __init__(
         self,
         config: T5Config,
-        mesh: Mesh,
+        partitioning: Partitioning,
         *,
         batch_size: int,
         input_length: int,
@@ -54,20 +54,21 @@ class Predictor:
 
         Args:
           config: the architecture.
-          mesh: the devices; see `partitioning.make_mesh`.
+          partitioning: the devices, and what lies where on them.
           batch_size: rows of a batch over all devices.
           input_length: most ids of an input.
           target_length: most ids of a target, and those decoded at most.
 
         Raises:
-          UsageError: `batch_size` does not divide over the mesh's data axis.
+          UsageError: `batch_size` does not divide over the devices that split the rows.
         """
-        if batch_size < 1 or batch_size % mesh.shape["data"]:
+        shards = partitioning.num_batch_shards
+        if batch_size < 1 or batch_size % shards:
             raise UsageError(
-                f"batch_size = {batch_size}: must be a multiple of the {mesh.shape['data']} "
-                "devices of the mesh axis 'data'"
+                f"batch_size = {batch_size}: must be a multiple of the {shards} parts into which "
+                "data x fsdp of the mesh split a batch"
             )
-        self.config, self.mesh, self.batch_size = config, mesh, batch_size
+        self.config, self.partitioning, self.batch_size = config, partitioning, batch_size
         self.input_length, self.target_length = input_length, target_length
 
     def generate(
@@ -82,7 +83,7 @@ class Predictor:
         """Decodes each input.
 
         Args:
-          params: as `t5.init` gives them, placed on the mesh.
+          params: as `t5.init` gives them, placed on the devices.
           inputs: int ids of each row, at most `input_length`.
           decode: how.
           seed: for sampling; from 0 to 2^32 - 1.
@@ -103,7 +104,13 @@ class Predictor:
             batch["indices"][: len(rows), 0] = np.asarray(rows) + first_index
             placed = self._place(batch)
             out = _generate(
-                self.config, self.mesh, self.target_length, decode, params, placed, np.uint32(seed)
+                self.config,
+                self.partitioning,
+                self.target_length,
+                decode,
+                params,
+                placed,
+                np.uint32(seed),
             )
             ids_BxNxT, scores_BxN = jax.device_get(out)
             for slot, row in enumerate(rows):
@@ -116,7 +123,7 @@ class Predictor:
         """Log likelihood of each target given its input.
 
         Args:
-          params: as `t5.init` gives them, placed on the mesh.
+          params: as `t5.init` gives them, placed on the devices.
           inputs: int ids of each row, at most `input_length`.
           targets: as many, at most `target_length` ids; an end mark counts if it is there.
 
@@ -138,7 +145,7 @@ class Predictor:
                 "lengths": np.zeros((self.batch_size, 1), np.int32),
             }
             batch["lengths"][: len(rows), 0] = [len(targets[i]) for i in rows]
-            found = _score(self.config, self.mesh, params, self._place(batch))
+            found = _score(self.config, self.partitioning, params, self._place(batch))
             scores[rows] = jax.device_get(found)[: len(rows)]
         return scores
 
@@ -146,7 +153,7 @@ class Predictor:
         """The encoder's output for each input.
 
         Args:
-          params: as `t5.init` gives them, placed on the mesh.
+          params: as `t5.init` gives them, placed on the devices.
           inputs: int ids of each row, at most `input_length`.
 
         Returns:
@@ -159,7 +166,7 @@ class Predictor:
         results: dict[int, np.ndarray] = {}
         for rows in self._batches([len(ids) for ids in inputs]):
             batch = {"tokens": self._padded([inputs[i] for i in rows], self.input_length)}
-            found = _encode(self.config, self.mesh, params, self._place(batch))
+            found = _encode(self.config, self.partitioning, params, self._place(batch))
             encoded_BxLxD = jax.device_get(found)
             for slot, row in enumerate(rows):
                 results[row] = encoded_BxLxD[slot, : len(inputs[row])].copy()
@@ -180,7 +187,7 @@ class Predictor:
 
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         # Every process has all rows, so that each device takes its own.
-        sharding = partitioning.batch_sharding(self.mesh)
+        sharding = self.partitioning.batch
         return {
             name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for name, x in batch.items()
@@ -203,7 +210,7 @@ def _check_lengths(what: str, rows: Sequence[np.ndarray], most: int) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
     config: T5Config,
-    mesh: Mesh,
+    partitioning: Partitioning,
     target_length: int,
     decode: DecodeConfig,
     params: Any,
@@ -211,7 +218,8 @@ def _generate(
     seed: np.uint32,
 ) -> decoding.Decoded:
     tokens, indices_B = batch["tokens"], batch["indices"][:, 0]
-    encoded = t5.encode(config, params, tokens)
+    with partitioning.of_activations():
+        encoded = t5.encode(config, params, tokens)
     kernel = t5.output_kernel(config, params)
     num_rows = decoding.rows_per_input(decode)
     model_step, cache = cached.start(config, params, encoded, tokens, num_rows, target_length)
@@ -224,29 +232,32 @@ def _generate(
 
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices_B)
     decoded = decoding.decode(step, cache, decode, indices_B >= 0, target_length, keys_B=keys_B)
-    return jax.lax.with_sharding_constraint(decoded, partitioning.replicated(mesh))
+    return jax.lax.with_sharding_constraint(decoded, partitioning.replicated)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(config: T5Config, mesh: Mesh, params: Any, batch: dict[str, Array]) -> Array:
+def _score(
+    config: T5Config, partitioning: Partitioning, params: Any, batch: dict[str, Array]
+) -> Array:
     targets, lengths = batch["targets"], batch["lengths"]
     rows, length = targets.shape
-    hidden = t5.hidden_states(
-        config,
-        params,
-        {
-            "encoder_input_tokens": batch["tokens"],
-            "decoder_input_tokens": jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-        },
-    )
-    chunks = losses.num_chunks(length, rows // mesh.shape["data"], config.vocab_size)
+    model_batch = {
+        "encoder_input_tokens": batch["tokens"],
+        "decoder_input_tokens": jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    }
+    chunks = losses.num_chunks(length, rows // partitioning.num_batch_shards, config.vocab_size)
     kernel = t5.output_kernel(config, params)
-    log_p, _ = losses.token_log_likelihood(hidden, kernel, targets, chunks=chunks)
+    with partitioning.of_activations():
+        hidden = t5.hidden_states(config, params, model_batch)
+        log_p, _ = losses.token_log_likelihood(hidden, kernel, targets, chunks=chunks)
     scores = jnp.sum(jnp.where(jnp.arange(length) < lengths, log_p, 0), axis=1)
-    return jax.lax.with_sharding_constraint(scores, partitioning.replicated(mesh))
+    return jax.lax.with_sharding_constraint(scores, partitioning.replicated)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(config: T5Config, mesh: Mesh, params: Any, batch: dict[str, Array]) -> Array:
-    encoded = t5.encode(config, params, batch["tokens"]).astype(jnp.float32)
-    return jax.lax.with_sharding_constraint(encoded, partitioning.replicated(mesh))
+def _encode(
+    config: T5Config, partitioning: Partitioning, params: Any, batch: dict[str, Array]
+) -> Array:
+    with partitioning.of_activations():
+        encoded = t5.encode(config, params, batch["tokens"]).astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(encoded, partitioning.replicated)

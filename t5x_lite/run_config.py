@@ -28,6 +28,8 @@ class DataConfig:
       eval_split: what is evaluated on.
       mixture_or_task_module: a module to import first, which registers tasks; or None.
       use_cached_tasks: read the examples that seqio's cache job prepared.
+      cache_dir: train on the rows that the `cache` verb wrote there, in an order that is a function
+        of the seed and the step alone.
       vocabulary_file: a SentencePiece model or "bytes", for tasks without a vocabulary of their
         own; None is T5's.
       tfds_data_dir: where TFDS looks for prepared data sets; None is its own default.
@@ -52,6 +54,7 @@ class DataConfig:
     eval_split: str = "validation"
     mixture_or_task_module: str | None = None
     use_cached_tasks: bool = False
+    cache_dir: str | None = None
     vocabulary_file: str | None = None
     tfds_data_dir: str | None = None
     tfds_versions: Mapping[str, str] | None = None
@@ -159,7 +162,9 @@ class TrainConfig:
       initial_checkpoint_path: a run or a checkpoint whose parameters to start from.
       num_sample_predictions: validation examples to fill in at the end.
       profile_steps: (first, last) step to record for the profiler; None for none.
-      mesh: devices along each mesh axis, {"data": 4, "model": 2}; None: all along "data".
+      mesh: devices along each mesh axis, {"fsdp": 4, "model": 2}; None: all along "data".
+      dcn_mesh: TPU slices along each mesh axis, {"data": 2}; None: along the first they divide.
+      sharding_rules: changes to `partitioning.LOGICAL_TO_MESH`, {"activation_embed": "model"}.
     """
 
     model_dir: str
@@ -183,6 +188,8 @@ class TrainConfig:
     num_sample_predictions: int = 4
     profile_steps: tuple[int, int] | None = None
     mesh: Mapping[str, int] | None = None
+    dcn_mesh: Mapping[str, int] | None = None
+    sharding_rules: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError on a count that is none."""
@@ -205,12 +212,7 @@ class TrainConfig:
             if not (value is None and macro in _OPTIONAL) and not _is_count(value, least):
                 raise UsageError(f"{macro} = {value!r}: must be an integer of at least {least}")
         self._check_best_metric()
-        if self.mesh is not None and not (
-            isinstance(self.mesh, Mapping) and all(_is_count(n) for n in self.mesh.values())
-        ):
-            raise UsageError(
-                f"MESH = {self.mesh!r}: give devices for each axis, like {{'data': 4, 'model': 2}}"
-            )
+        self._check_mesh()
         steps = self.profile_steps
         if steps is not None and not (
             isinstance(steps, Sequence)
@@ -220,6 +222,24 @@ class TrainConfig:
         ):
             raise UsageError(
                 f"PROFILE_STEPS = {steps!r}: give the first and the last step, like (10, 12)"
+            )
+
+    def _check_mesh(self) -> None:
+        for macro, shape, what in (
+            ("MESH", self.mesh, "devices"),
+            ("DCN_MESH", self.dcn_mesh, "slices"),
+        ):
+            if shape is not None and not (
+                isinstance(shape, Mapping) and all(_is_count(n) for n in shape.values())
+            ):
+                raise UsageError(
+                    f"{macro} = {shape!r}: give {what} for each axis, like "
+                    "{'fsdp': 4, 'model': 2}"
+                )
+        if not isinstance(self.sharding_rules, Mapping | None):
+            raise UsageError(
+                f"SHARDING_RULES = {self.sharding_rules!r}: give mesh axes for logical axes, like "
+                "{'activation_embed': 'model'}"
             )
 
     def _check_best_metric(self) -> None:
@@ -256,7 +276,7 @@ class TrainConfig:
         if self.data.batch_size % pieces:
             raise UsageError(
                 f"BATCH_SIZE = {self.data.batch_size} does not divide into {num_data_shards} "
-                f"data-parallel devices x {self.loss.num_microbatches} microbatches; use a "
+                f"parts (data x fsdp of MESH) x {self.loss.num_microbatches} microbatches; use a "
                 f"multiple of {pieces}"
             )
 
@@ -289,7 +309,10 @@ MAY_CHANGE = frozenset(
         "TrainConfig.num_sample_predictions",
         "TrainConfig.profile_steps",
         "TrainConfig.mesh",
+        "TrainConfig.dcn_mesh",
+        "TrainConfig.sharding_rules",
         "DataConfig.tfds_data_dir",
+        "DataConfig.cache_dir",
     }
 )
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import sentencepiece
 from etils import epath
-from jax.sharding import Mesh
 
-from t5x_lite import best, partitioning
+from t5x_lite import best
 from t5x_lite.checkpoints import CheckpointError, restore_params
 from t5x_lite.errors import UsageError, nearest
 from t5x_lite.integrity import find_damage, is_committed, scan
@@ -23,6 +22,7 @@ from t5x_lite.interop import recognise
 from t5x_lite.interop.vocabularies import BYTES, same_vocabulary
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import Partitioning
 from t5x_lite.run_files import MODEL_FILE, VOCABULARY_FILE
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ def _best_step(model_dir: epath.Path) -> int:
         raise UsageError(f"{path} is not what a run has written: it names no step") from e
 
 
-def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
-    """The parameters of a checkpoint, placed on the mesh by partitioning's table.
+def load_params(run: SavedRun, step: int, partitioning: Partitioning) -> Any:
+    """The parameters of a checkpoint, placed on the devices.
 
     Returns:
       A nested dict of float32 arrays.
@@ -215,11 +215,11 @@ def load_params(run: SavedRun, step: int, mesh: Mesh) -> Any:
     """
     axes = t5.logical_axes(run.model)
     shapes = jax.eval_shape(lambda key: t5.init(run.model, key), jax.random.key(0))
-    partitioning.check_divisible(shapes, axes, mesh)
+    partitioning.check_divisible(shapes, axes)
     abstract = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
-        partitioning.shardings(mesh, axes),
+        partitioning.shardings(axes),
     )
     return restore_params(run.model_dir / "checkpoints" / str(step), abstract).state
 

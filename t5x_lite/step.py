@@ -17,6 +17,7 @@ from t5x_lite import losses
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import Partitioning
 
 Batch = Mapping[str, Array]
 
@@ -89,7 +90,7 @@ def train_step(
     loss_config: LossConfig,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
-    num_data_shards: int,
+    partitioning: Partitioning,
     state: TrainState,
     batch: Batch,
     key: Array,
@@ -101,7 +102,7 @@ def train_step(
       loss_config: what is minimised.
       optimizer: from `optimizers.make_optimizer`.
       learning_rate: its schedule, for the log.
-      num_data_shards: devices over which the rows lie; bounds the memory of a chunk of logits.
+      partitioning: where activations and gradients lie.
       state: will be donated.
       batch: int32 arrays [B, L] with seqio's names for encoder-decoder features.
       key: the run's random key; dropout uses it folded with the step and the microbatch.
@@ -114,20 +115,25 @@ def train_step(
 
     def summed_loss(params: Any, rows: Batch, key: Array) -> tuple[Array, losses.LossSums]:
         dropout_key = key if model.dropout_rate else None
-        hidden = t5.hidden_states(model, params, rows, dropout_key)
-        targets = rows["decoder_target_tokens"]
-        rows_per_device = -(-targets.shape[0] // num_data_shards)
-        return losses.cross_entropy(
-            hidden,
-            t5.output_kernel(model, params),
-            targets,
-            rows["decoder_loss_weights"],
-            z_loss=loss_config.z_loss,
-            label_smoothing=loss_config.label_smoothing,
-            chunks=losses.num_chunks(targets.shape[1], rows_per_device, model.vocab_size),
-        )
+        with partitioning.of_activations():
+            hidden = t5.hidden_states(model, params, rows, dropout_key)
+            return losses.cross_entropy(
+                hidden,
+                t5.output_kernel(model, params),
+                rows["decoder_target_tokens"],
+                rows["decoder_loss_weights"],
+                z_loss=loss_config.z_loss,
+                label_smoothing=loss_config.label_smoothing,
+                chunks=_num_chunks(model, partitioning, rows),
+            )
 
-    gradient = jax.grad(summed_loss, has_aux=True)
+    param_shardings = partitioning.shardings(t5.logical_axes(model))
+
+    def gradient(params: Any, rows: Batch, key: Array) -> tuple[Any, losses.LossSums]:
+        grads, sums = jax.grad(summed_loss, has_aux=True)(params, rows, key)
+        # Said aloud, or the compiler may add up whole gradients on every device.
+        return jax.lax.with_sharding_constraint(grads, param_shardings), sums
+
     if loss_config.num_microbatches == 1:
         grads, sums = gradient(state.params, batch, key)
     else:
@@ -148,6 +154,14 @@ def train_step(
         "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), scalars
+
+
+def _num_chunks(model: T5Config, partitioning: Partitioning, rows: Batch) -> int:
+    """Pieces of the length such that a piece's logits are small on a device."""
+    batch_size, length = rows["decoder_target_tokens"].shape
+    rows_per_device = -(-batch_size // partitioning.num_batch_shards)
+    vocab_per_device = -(-model.vocab_size // partitioning.num_parts("activation_vocab"))
+    return losses.num_chunks(length, rows_per_device, vocab_per_device)
 
 
 def _accumulate(
@@ -172,13 +186,13 @@ def _accumulate(
 
 
 def eval_step(
-    model: T5Config, num_data_shards: int, params: Any, batch: Batch, text_ids_V: Array
+    model: T5Config, partitioning: Partitioning, params: Any, batch: Batch, text_ids_V: Array
 ) -> dict[str, Array]:
     """Sums over one batch, without dropout. The first two arguments are static.
 
     Args:
       model: the architecture.
-      num_data_shards: devices over which the rows lie.
+      partitioning: where activations lie.
       params: the parameters.
       batch: as for `train_step`.
       text_ids_V: bool, True for ids that are text: neither sentinel, end mark nor padding.
@@ -188,13 +202,13 @@ def eval_step(
       tokens alone: `text_loss_sum`, `num_text_tokens`.
     """
     targets = batch["decoder_target_tokens"]
-    rows_per_device = -(-targets.shape[0] // num_data_shards)
-    log_likelihood, correct = losses.token_log_likelihood(
-        t5.hidden_states(model, params, batch),
-        t5.output_kernel(model, params),
-        targets,
-        chunks=losses.num_chunks(targets.shape[1], rows_per_device, model.vocab_size),
-    )
+    with partitioning.of_activations():
+        log_likelihood, correct = losses.token_log_likelihood(
+            t5.hidden_states(model, params, batch),
+            t5.output_kernel(model, params),
+            targets,
+            chunks=_num_chunks(model, partitioning, batch),
+        )
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
     text = weights * text_ids_V[targets]
     return {

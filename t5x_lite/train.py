@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from t5x_lite import best, partitioning, run_files, setup
+from t5x_lite import best, run_files, setup
 from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
 from t5x_lite.errors import Failure, UsageError
 from t5x_lite.evaluator import Evaluator
 from t5x_lite.interop import recognise
 from t5x_lite.metrics import MetricWriter, summarize
 from t5x_lite.models import t5
+from t5x_lite.partitioning import describe
 from t5x_lite.progress import Progress
 from t5x_lite.run_config import TrainConfig
 from t5x_lite.step import TrainState
@@ -60,7 +61,7 @@ def train(config: TrainConfig, config_text: str) -> None:
         raise UsageError("training in several processes is not built yet: start one")
     model_dir = epath.Path(config.model_dir)
     run_files.check_writable(config.model_dir)
-    setup.make_mesh(config)  # what can be refused at once is
+    partitioning = setup.partitioning_of(config)  # what can be refused at once is
     checkpoints = Checkpoints(
         model_dir / "checkpoints",
         keep=config.checkpoint_keep,
@@ -68,8 +69,8 @@ def train(config: TrainConfig, config_text: str) -> None:
     )
     key = jax.random.key(config.random_seed)
     with _stop_on_signal() as stop:
-        with setup.opening_input(config) as opened:
-            programs = setup.make_programs(config)
+        with setup.opening_input(config, partitioning.input_share()) as opened:
+            programs = setup.make_programs(config, partitioning)
             state, restored = _first_state(config, programs, checkpoints, key)
             data = opened.result()
         from t5x_lite import wrap_up  # with TensorFlow, which is there only now
@@ -172,7 +173,7 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
                 jax.profiler.start_trace(str(epath.Path(config.model_dir) / "tensorboard"))
                 profiling = True
             batch = next(run.data.train)
-            rows = partitioning.shard_batch(batch, programs.mesh)
+            rows = programs.partitioning.shard_batch(batch)
             state, scalars = programs.train_step(state, rows, key)
             follower.add(step, batch, scalars)
 
@@ -352,18 +353,18 @@ def dry_run(config: TrainConfig) -> None:
       UsageError: as `train` would.
     """
     run_files.check_writable(config.model_dir)
-    setup.make_mesh(config)
-    programs = setup.make_programs(config, compile_train_step=False)
-    data = setup.open_input(config)
+    partitioning = setup.partitioning_of(config)
+    programs = setup.make_programs(config, partitioning, compile_train_step=False)
+    data = setup.open_input(config, partitioning.input_share())
     if config.initial_checkpoint_path is not None:
         _initial_params(config.initial_checkpoint_path, programs)
         run_files.check_initial_vocabulary(config.initial_checkpoint_path, data)
     batch = next(data.train)
-    table = partitioning.describe(programs.abstract_state, programs.state_axes)
+    table = describe(programs.abstract_state, programs.state_axes)
     print("\n".join(table))
     print("\none batch:")
     for name, array in batch.items():
         filled = 100 * np.count_nonzero(array) / array.size
         print(f"  {name:24} {array.dtype} {array.shape}  {filled:5.1f}% not 0")
     total = t5.num_parameters(config.model)
-    print(f"\n{total:,} parameters; mesh {dict(programs.mesh.shape)}; nothing was trained")
+    print(f"\n{total:,} parameters; mesh {dict(partitioning.mesh.shape)}; nothing was trained")

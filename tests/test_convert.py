@@ -13,10 +13,11 @@ import references
 import safetensors.numpy
 from small_run import SMALL
 
-from t5x_lite import partitioning, saved_run
+from t5x_lite import saved_run
 from t5x_lite.__main__ import main
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.models import t5
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.predict import Predictor
 from tasks import vocabularies
 
@@ -29,7 +30,7 @@ T5X = [
     "t5x_orbax_scanned_v11",
 ]
 APPLY = jax.jit(t5.apply, static_argnums=0)
-MESH = partitioning.make_mesh({"data": 1}, jax.devices()[:1])
+MESH = make_partitioning({"data": 1}, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import evaluate, partitioning, step
+from t5x_lite import evaluate, step
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import make_partitioning
 
 VOCAB_SIZE = 64
 TINY = T5Config(
@@ -47,8 +48,8 @@ def test_loss_is_the_mean_over_all_tokens():
     rng = np.random.default_rng(0)
     batches = [make_batch(rng, lengths) for lengths in ([7, 7, 7], [1, 2, 0], [5, 0, 0])]
     params = t5.init(TINY, jax.random.key(0))
-    mesh = partitioning.make_mesh({"data": 1}, jax.devices()[:1])
-    eval_step = jax.jit(functools.partial(step.eval_step, TINY, 1))
+    mesh = make_partitioning({"data": 1}, devices=jax.devices()[:1])
+    eval_step = jax.jit(functools.partial(step.eval_step, TINY, mesh))
     found = evaluate.evaluate_loss(eval_step, params, batches, TEXT_IDS, mesh)
 
     apply = jax.jit(functools.partial(t5.apply, TINY))

@@ -412,7 +412,7 @@ def test_what_a_model_cannot_do(run_dir, call, error, message):
         ({"checkpoint": True}, "^checkpoint = True: give"),
         ({"checkpoint": 2.0}, r"^checkpoint = 2\.0: give"),
         ({"mesh": {"modal": 1}}, "no axis 'modal'; did you mean 'model'"),
-        ({"mesh": "model=2"}, "^mesh = 'model=2': give devices along each axis, such as {'data': "),
+        ({"mesh": "model=2"}, "^mesh = 'model=2': give devices along each axis, such as {'fsdp': "),
         ({"mesh": {"model": "2"}}, "^mesh = {'model': '2'}: give devices"),
         ({"mesh": {"data": -1, "model": -1}}, "^mesh = .*: give devices"),
     ],

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import references
 
-from t5x_lite import decoding, partitioning, predict
+from t5x_lite import decoding, predict
 from t5x_lite.decoding import DecodeConfig
 from t5x_lite.errors import UsageError
 from t5x_lite.models import cached, t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.predict import Predictor
 
 TINY = T5Config(
@@ -46,7 +47,7 @@ def tiny_params_on_host():
 
 
 def make_predictor(config: T5Config = TINY, **changes) -> Predictor:
-    mesh = partitioning.make_mesh({"data": 1}, jax.devices()[:1])
+    mesh = make_partitioning({"data": 1}, devices=jax.devices()[:1])
     sizes = {"batch_size": 4, "input_length": 30, "target_length": 10} | changes
     return Predictor(config, mesh, **sizes)
 
@@ -287,7 +288,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 sys.path.insert(0, "tests")
 import test_predict
-from t5x_lite import partitioning
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.predict import Predictor
@@ -297,8 +298,8 @@ inputs = test_predict.make_rows([3, 6, 1, 8, 7, 4, 2])
 targets = test_predict.make_rows([3, 8, 1, 4, 7, 6, 2], seed=1)
 config = test_predict.TINY_EVEN
 for shape, devices in (({"data": 1}, 1), ({"data": 4, "model": 2}, 8)):
-    mesh = partitioning.make_mesh(shape, jax.devices()[:devices])
-    shardings = partitioning.shardings(mesh, t5.logical_axes(config))
+    mesh = make_partitioning(shape, devices=jax.devices()[:devices])
+    shardings = mesh.shardings(t5.logical_axes(config))
     params = jax.jit(t5.init, static_argnums=0, out_shardings=shardings)(config, jax.random.key(1))
     predictor = Predictor(config, mesh, batch_size=4, input_length=30, target_length=10)
     found = {"score": predictor.score(params, inputs, targets).tolist()}
@@ -323,11 +324,11 @@ rank, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 sys.path.insert(0, "tests")
 import test_predict
-from t5x_lite import partitioning
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.predict import Predictor
 
-mesh = partitioning.make_mesh()
-params = jax.device_put(test_predict.tiny_params_on_host(), partitioning.replicated(mesh))
+mesh = make_partitioning()
+params = jax.device_put(test_predict.tiny_params_on_host(), mesh.replicated)
 predictor = Predictor(test_predict.TINY, mesh, batch_size=4, input_length=30, target_length=10)
 inputs = test_predict.make_rows([3, 6, 1, 8, 7])
 found = predictor.generate(params, inputs)

@@ -11,9 +11,10 @@ import pytest
 from saved_runs import LENGTHS, TASK, TINY, make_params, make_run, save_step
 from small_run import flip_a_bit
 
-from t5x_lite import data, partitioning, saved_run
+from t5x_lite import data, saved_run
 from t5x_lite.checkpoints import CheckpointError
 from t5x_lite.errors import UsageError
+from t5x_lite.partitioning import make_partitioning
 from tasks import python_docs
 
 
@@ -187,7 +188,7 @@ def test_damaged_steps_are_passed_over(copy, caplog):
     assert saved_run.checkpoint_steps(run, "latest") == [9]
     assert "step 10: params/" in caplog.text
     with pytest.raises(CheckpointError, match="10 is damaged: params/"):
-        saved_run.load_params(run, 10, partitioning.make_mesh())
+        saved_run.load_params(run, 10, make_partitioning())
     damage(9)
     damage(2)
     with pytest.raises(CheckpointError, match=r"is intact: step 10: params/.*step 9: .*step 2: "):
@@ -200,7 +201,7 @@ def test_damaged_steps_are_passed_over(copy, caplog):
 def test_parameters_are_those_that_were_saved(run_dir, monkeypatch):
     """From a relative MODEL_DIR, too."""
     monkeypatch.chdir(run_dir.parent)
-    params = saved_run.load_params(saved_run.read("run"), 9, partitioning.make_mesh())
+    params = saved_run.load_params(saved_run.read("run"), 9, make_partitioning())
     expected = make_params(9)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for found, saved in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
@@ -211,4 +212,4 @@ def test_another_architecture_is_refused_by_name(copy):
     _edit(copy, architecture={"family": "t5", **TINY.to_dict(), "d_ff": 48})
     save_step(copy, 11)
     with pytest.raises(UsageError, match=r"wi_0/kernel' has shape \(1, 16, 32\), expected \(1, 16"):
-        saved_run.load_params(saved_run.read(copy), 11, partitioning.make_mesh())
+        saved_run.load_params(saved_run.read(copy), 11, make_partitioning())

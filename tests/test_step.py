@@ -18,7 +18,9 @@ from t5x_lite import optimizers, step
 from t5x_lite.errors import UsageError
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import make_partitioning
 
+ONE_DEVICE = make_partitioning({"data": 1}, devices=jax.devices()[:1])
 TINY = T5Config(
     vocab_size=64,
     d_model=16,
@@ -31,13 +33,13 @@ TINY = T5Config(
 )
 
 
-def make_step(model, optimizer_config, loss_config=None, num_data_shards=1):
+def make_step(model, optimizer_config, loss_config=None, partitioning=ONE_DEVICE):
     """The jitted step and its optimizer."""
     optimizer = optimizers.make_optimizer(optimizer_config, t5.logical_axes(model))
     schedule = optimizers.make_schedule(optimizer_config)
     loss_config = loss_config or step.LossConfig()
     bound = functools.partial(
-        step.train_step, model, loss_config, optimizer, schedule, num_data_shards
+        step.train_step, model, loss_config, optimizer, schedule, partitioning
     )
     return jax.jit(bound), optimizer
 
@@ -215,7 +217,7 @@ def test_eval_step_splits_text_from_the_rest():
     params = init_state(model, optimizers.OptimizerConfig()).params
     batch = random_batch(4)
     text_ids = np.arange(64) < 50
-    sums = jax.jit(functools.partial(step.eval_step, model, 1))(params, batch, text_ids)
+    sums = jax.jit(functools.partial(step.eval_step, model, ONE_DEVICE))(params, batch, text_ids)
     logits = np.asarray(t5.apply(model, params, batch), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     targets = batch["decoder_target_tokens"]
@@ -235,12 +237,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 sys.path.insert(0, "tests")
 import test_step
-from t5x_lite import optimizers, partitioning, step
+from t5x_lite import optimizers, step
 from t5x_lite.models import t5
+from t5x_lite.partitioning import make_partitioning
 
 losses = {}
 for shape, devices in (({"data": 1}, 1), ({"data": 4, "model": 2}, 8)):
-    mesh = partitioning.make_mesh(shape, jax.devices()[:devices])
+    partitioning = make_partitioning(shape, devices=jax.devices()[:devices])
     config = optimizers.OptimizerConfig(learning_rate=0.1, min_dim_size_to_factor=16)
     axes = t5.logical_axes(test_step.TINY)
     optimizer = optimizers.make_optimizer(config, axes)
@@ -249,9 +252,9 @@ for shape, devices in (({"data": 1}, 1), ({"data": 4, "model": 2}, 8)):
     state_axes = step.TrainState(
         (), axes, optimizers.optimizer_state_axes(abstract.opt_state, axes)
     )
-    shardings = partitioning.shardings(mesh, state_axes)
-    partitioning.check_divisible(abstract, state_axes, mesh)
-    whole = partitioning.replicated(mesh)
+    shardings = partitioning.shardings(state_axes)
+    partitioning.check_divisible(abstract, state_axes)
+    whole = partitioning.replicated
     train_step = jax.jit(
         functools.partial(
             step.train_step,
@@ -259,16 +262,16 @@ for shape, devices in (({"data": 1}, 1), ({"data": 4, "model": 2}, 8)):
             step.LossConfig(),
             optimizer,
             optimizers.make_schedule(config),
-            mesh.shape["data"],
+            partitioning,
         ),
-        in_shardings=(shardings, partitioning.batch_sharding(mesh), whole),
+        in_shardings=(shardings, partitioning.batch, whole),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
     run = []
     for i in range(10):
-        batch = partitioning.shard_batch(test_step.random_batch(i), mesh)
+        batch = partitioning.shard_batch(test_step.random_batch(i))
         state, scalars = train_step(state, batch, jax.random.key(7))
         run.append(float(scalars["loss_sum"] / scalars["num_tokens"]))
     losses[devices] = run

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_lite import gin_utils, partitioning, setup
+from t5x_lite import gin_utils, setup
 from t5x_lite.__main__ import main
 from t5x_lite.checkpoints import Checkpoints
 
@@ -237,7 +237,7 @@ def continue_training(model_dir, mesh_shape):
     first_params = jax.tree.map(np.asarray, state.params)
     scalars_of_steps = []
     for i in range(FIRST_STEP, FIRST_STEP + NUM_STEPS):
-        batch = partitioning.shard_batch(batch_of_step(i, config.model.vocab_size), programs.mesh)
+        batch = programs.partitioning.shard_batch(batch_of_step(i, config.model.vocab_size))
         state, scalars = programs.train_step(state, batch, jax.random.key(0))
         scalars_of_steps.append({name: float(x) for name, x in scalars.items()})
     moved = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), state.params, first_params)

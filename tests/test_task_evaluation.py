@@ -11,11 +11,12 @@ import pytest
 import seqio
 import toy_tasks
 
-from t5x_lite import data, partitioning, task_evaluation
+from t5x_lite import data, task_evaluation
 from t5x_lite.errors import UsageError
 from t5x_lite.metrics import MetricWriter, read_metrics
 from t5x_lite.models import t5
 from t5x_lite.models.config import T5Config
+from t5x_lite.partitioning import make_partitioning
 from t5x_lite.predict import Prediction, Predictor
 from t5x_lite.run_config import EVAL_MODES, DataConfig
 from t5x_lite.task_evaluation import EvalTask
@@ -50,7 +51,7 @@ def open_task(name: str, split: str = "validation", num_examples: int | None = N
 
 
 def make_predictor(batch_size: int) -> Predictor:
-    mesh = partitioning.make_mesh({"data": 1}, jax.devices()[:1])
+    mesh = make_partitioning({"data": 1}, devices=jax.devices()[:1])
     return Predictor(TINY, mesh, batch_size=batch_size, input_length=32, target_length=8)
 
 

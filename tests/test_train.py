@@ -210,9 +210,9 @@ def test_another_vocabulary_under_the_same_name_is_refused(copy, capsys):
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys):
     make_programs = setup.make_programs
 
-    def interrupted(config):
+    def interrupted(*args):
         signal.raise_signal(signal.SIGTERM)
-        return make_programs(config)
+        return make_programs(*args)
 
     monkeypatch.setattr(setup, "make_programs", interrupted)
     assert main(train_argv(tmp_path / "run")) == 143
@@ -259,7 +259,7 @@ def test_nothing_is_saved_after_a_number_that_is_none(copy, monkeypatch, capsys,
         return programs._replace(train_step=train_step)
 
     make_programs = setup.make_programs
-    monkeypatch.setattr(setup, "make_programs", lambda config: poisoned(make_programs(config)))
+    monkeypatch.setattr(setup, "make_programs", lambda *args: poisoned(make_programs(*args)))
     before = content(copy / "checkpoints")
 
     assert main(train_argv(copy, {"TRAIN_STEPS": 12})) == 1
@@ -284,7 +284,7 @@ def test_initial_checkpoint_gives_the_parameters_of_another_run(whole, tmp_path,
 
     make_programs = setup.make_programs
     monkeypatch.setattr(
-        setup, "make_programs", lambda config: make_programs(config)._replace(train_step=started)
+        setup, "make_programs", lambda *args: make_programs(*args)._replace(train_step=started)
     )
     with pytest.raises(Started) as caught:
         main(train_argv(tmp_path / "run", {"INITIAL_CHECKPOINT_PATH": str(whole)}))
@@ -314,5 +314,5 @@ def test_dry_run_shows_all_and_leaves_nothing(tmp_path, capsys, optimizer):
     for text in ("embed", "4096x32", "vocab", "bytes per device", "decoder_target_tokens"):
         assert text in shown
     assert "int32 (4, 32)" in shown and "int32 (4, 16)" in shown
-    assert f"mesh {{'data': {len(jax.devices())}, 'model': 1}}" in shown
+    assert f"mesh {{'data': {len(jax.devices())}, 'fsdp': 1, 'model': 1}}" in shown
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t5x_lite.models.activations import lay_out
 from t5x_lite.models.config import T5Config
 
 # Large enough to vanish in a softmax, small enough that a row of nothing else stays finite.
@@ -153,9 +154,14 @@ class Attention(nnx.Module):
           [B, L, D].
         """
         heads = (self.num_heads, self.d_kv)
-        query_BxLxHxK = self.query(x_BxLxD).reshape(*x_BxLxD.shape[:2], *heads)
-        key_BxSxHxK = self.key(memory_BxSxD).reshape(*memory_BxSxD.shape[:2], *heads)
-        value_BxSxHxK = self.value(memory_BxSxD).reshape(*memory_BxSxD.shape[:2], *heads)
+
+        def split(x_BxLxW: Array) -> Array:
+            x_BxLxHxK = x_BxLxW.reshape(*x_BxLxW.shape[:2], *heads)
+            return lay_out(x_BxLxHxK, "batch", "length", "activation_heads", None)
+
+        query_BxLxHxK = split(self.query(x_BxLxD))
+        key_BxSxHxK = split(self.key(memory_BxSxD))
+        value_BxSxHxK = split(self.value(memory_BxSxD))
         logits_BxHxLxS = jnp.einsum(
             "blhk,bshk->bhls", query_BxLxHxK, key_BxSxHxK, preferred_element_type=jnp.float32
         )
@@ -195,6 +201,7 @@ class MLP(nnx.Module):
                 for name, activation in zip(self._names(), self.activations, strict=True)
             ),
         )
+        hidden_BxLxF = lay_out(hidden_BxLxF, "batch", "length", "activation_mlp")
         return self.wo(dropout(hidden_BxLxF, dropout_key, self.dropout_rate, shared_axes=(-2,)))
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t5x_lite.models.activations import lay_out
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.layers import (
     MLP,
@@ -50,7 +51,7 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        return self.embedding[...][tokens_BxL].astype(self.dtype)
+        return _residual(self.embedding[...][tokens_BxL].astype(self.dtype))
 
 
 class LogitsDense(Dense):
@@ -79,9 +80,9 @@ class EncoderLayer(nnx.Module):
         if bias is None:
             bias = self.relpos_bias(x.shape[1], x.shape[1])
         y = self.pre_attention_layer_norm(x)
-        x += drop(self.attention(y, y, mask, bias, fold(key, 0)), fold(key, 1))
+        x = _residual(x + drop(self.attention(y, y, mask, bias, fold(key, 0)), fold(key, 1)))
         y = self.pre_mlp_layer_norm(x)
-        return x + drop(self.mlp(y, fold(key, 2)), fold(key, 3))
+        return _residual(x + drop(self.mlp(y, fold(key, 2)), fold(key, 3)))
 
 
 class DecoderLayer(nnx.Module):
@@ -112,12 +113,13 @@ class DecoderLayer(nnx.Module):
         if bias is None:
             bias = self.relpos_bias(x.shape[1], x.shape[1])
         y = self.pre_self_attention_layer_norm(x)
-        x += drop(self.self_attention(y, y, mask, bias, fold(key, 0)), fold(key, 1))
+        y = self.self_attention(y, y, mask, bias, fold(key, 0))
+        x = _residual(x + drop(y, fold(key, 1)))
         y = self.pre_cross_attention_layer_norm(x)
         y = self.encoder_decoder_attention(y, encoded_BxSxD, cross_mask, None, fold(key, 2))
-        x += drop(y, fold(key, 3))
+        x = _residual(x + drop(y, fold(key, 3)))
         y = self.pre_mlp_layer_norm(x)
-        return x + drop(self.mlp(y, fold(key, 4)), fold(key, 5))
+        return _residual(x + drop(self.mlp(y, fold(key, 4)), fold(key, 5)))
 
 
 def module_parts(config: T5Config) -> dict[str, Any]:
@@ -217,6 +219,10 @@ def _skeleton(part: tuple) -> tuple[Any, Any]:
 def merge(part: tuple, params: Params) -> Any:
     """The module of a part, `(class, *arguments)`, with its parameters."""
     return nnx.merge(_skeleton(part)[0], params)
+
+
+def _residual(x_BxLxD: Array) -> Array:
+    return lay_out(x_BxLxD, "batch", "length", "activation_embed")
 
 
 def _is_tuple(x: Any) -> bool:
