@@ -51,7 +51,9 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        return _residual(self.embedding[...][tokens_BxL].astype(self.dtype))
+        # Whole rows on every device: otherwise what was looked up would have to change places.
+        embedding_VxD = lay_out(self.embedding[...], "activation_vocab", None)
+        return _residual(embedding_VxD[tokens_BxL].astype(self.dtype))
 
 
 class LogitsDense(Dense):
@@ -359,6 +361,7 @@ def output_kernel(config: T5Config, params: Params) -> Array:
         kernel = params["token_embedder"]["embedding"].T
     else:
         kernel = params["decoder"]["logits_dense"]["kernel"]
+    kernel = lay_out(kernel, None, "activation_vocab")
     return kernel * config.d_model**-0.5 if config.scales_decoder_output else kernel
 
 
