@@ -1,0 +1,360 @@
+"""launch/ on Cloud TPU and GKE: dry runs against the expected command lines, the loop of tpu_vm.py
+against a program that only looks like gcloud, the manifest field by field."""
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+
+import pytest
+import yaml
+from launchers import answers, calls, done, launch, refusal, shown, stand_ins
+
+__all__ = ["launch", "stand_ins"]  # fixtures
+
+
+# ---- shell ---------------------------------------------------------------------------------------
+
+
+def test_shell_parses(repo, launch):
+    tpu_vm = launch("tpu_vm")
+    scripts = [(repo / "launch" / "slurm.sbatch").read_text(), tpu_vm.INSTALL, tpu_vm.STOP]
+    for script in scripts:
+        checked = done("bash", "-n", input=script)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+# ---- tpu_vm.py -----------------------------------------------------------------------------------
+
+PLACE = ("--name=xl", "--zone=us-west4-a")
+
+
+@pytest.mark.parametrize(
+    ("target", "accelerator_type", "runtime_version"),
+    [
+        ("v5e:16x16", "v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5p:8x8x8", "v5p-1024", "v2-alpha-tpuv5"),
+        ("v6e:4x4", "v6e-16", "v2-alpha-tpuv6e"),
+        ("v4:4x4x4", "v4-128", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_tpu_create(target, accelerator_type, runtime_version):
+    lines = shown("tpu_vm.py", "create", *PLACE, f"--target={target}", "--dry_run")
+    assert lines[0] == (
+        f"gcloud compute tpus queued-resources create xl --accelerator-type={accelerator_type} "
+        f"--runtime-version={runtime_version} --node-id=xl --zone=us-west4-a"
+    )
+
+
+def test_tpu_dry_run_of_several_slices():
+    lines = shown(
+        *("tpu_vm.py", "run", *PLACE, "--project=mine", "--target=2xv5e:16x16", "--spot"),
+        *("--dry_run", "train", "--gin.MODEL_DIR='gs://b/xl'"),
+    )
+    assert lines[0] == (
+        "gcloud compute tpus queued-resources create xl --accelerator-type=v5litepod-256 "
+        "--runtime-version=v2-alpha-tpuv5-lite --spot --node-count=2 --node-prefix=xl "
+        "--zone=us-west4-a --project=mine"
+    )
+    copies = [line for line in lines if " scp " in line]
+    assert copies == [
+        f"gcloud compute tpus tpu-vm scp /tmp/t5x_lite.tar.gz xl-{i}:t5x_lite.tar.gz --worker=all "
+        "--zone=us-west4-a --project=mine"
+        for i in range(2)
+    ]
+    starts = [shlex.split(line) for line in lines if "t5x_lite train" in line]
+    for i, words in enumerate(starts):
+        assert words[:7] == [*["gcloud", "compute", "tpus", "tpu-vm", "ssh"], f"xl-{i}", words[6]]
+        command = words[6].removeprefix("--command=")
+        assert shlex.split(command)[-6:] == [
+            *(".venv/bin/python", "-m", "t5x_lite", "train"),
+            *("--gin.MODEL_DIR='gs://b/xl'", "--distributed"),
+        ]
+        assert "--worker=all" in words
+    assert len(starts) == 2
+    assert (
+        "gcloud compute tpus queued-resources delete xl --force --quiet --zone=us-west4-a "
+        "--project=mine"
+    ) in lines
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("v5:16x16", "the chips are v4, v5e, v5p, v6e"),
+        ("v5e", "write CHIP:TOPOLOGY"),
+        ("v5e:4x4x4", "a topology of v5e is like 4x4"),
+        ("v5p:16x16", "a topology of v5p is like 4x4x4"),
+        ("v5e:3x3", "hosts of 4"),
+        ("0xv5e:4x4", "hosts of 4"),
+    ],
+)
+def test_tpu_target_refused(target, expected):
+    assert expected in refusal("tpu_vm.py", "create", *PLACE, f"--target={target}")
+
+
+@pytest.fixture
+def tpu(launch, stand_ins, tmp_path, monkeypatch):
+    """A Tpu of tpu_vm.py in front of the gcloud that stands in, and a checkout to be copied."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    subprocess.run(["git", "init", "--quiet", checkout], check=True)
+    for name in (".gitignore", "my_task.py", "runs"):
+        (checkout / name).write_text("runs\n")
+    tpu_vm = launch("tpu_vm")
+    monkeypatch.setattr(tpu_vm, "POLL_SECONDS", 0)
+    monkeypatch.setattr(tpu_vm, "REPO", checkout)
+    return tpu_vm.Tpu("xl", ["--zone=z"], dry_run=False, nodes=["xl"], shape=["--spot"])
+
+
+def told(stand_ins) -> list[str]:
+    """What the loop did, in short."""
+    kinds = {
+        "queued-resources create": "create",
+        "queued-resources delete": "delete",
+        "tpu-vm scp": "copy",
+        "pkill": "stop",
+        "pip install": "install",
+        "t5x_lite train": "train",
+    }
+    found = [" ".join(call) for call in calls(stand_ins)]
+    return [short for call in found for part, short in kinds.items() if part in call]
+
+
+WHOLE = ["stop", "copy", "install", "train"]
+
+
+def test_tpu_run_starts_again_after_a_preemption(launch, tpu, stand_ins, tmp_path, capfd):
+    """Not there; there; taken away during the run; SUSPENDED; there again."""
+    states = [
+        "",
+        "",
+        "xl\tPROVISIONING",
+        "xl\tACTIVE",
+        "xl\tSUSPENDED",
+        "xl\tSUSPENDED",
+        "xl\tACTIVE",
+    ]
+    answers(
+        stand_ins,
+        {
+            "queued-resources list": "\n".join(f"0 {state}" for state in states),
+            "tpu-vm list": "0 xl\tREADY",
+            "t5x_lite train": "255 connection lost\n0 done",
+        },
+    )
+    assert launch("tpu_vm").run(tpu, ["train", "--x"]) == 0
+    assert told(stand_ins) == ["create", *WHOLE, "delete", "create", *WHOLE]
+    said = capfd.readouterr().err
+    assert "xl is not there" in said and "xl is PROVISIONING" in said
+    assert "taken away" in said and "delete --name=xl --zone=z" in said
+    packed = done("tar", "-tzf", tmp_path / "t5x_lite.tar.gz")
+    assert sorted(packed.stdout.split()) == [".gitignore", "my_task.py"]
+
+
+def test_tpu_run_sees_that_a_node_was_preempted(launch, tpu, stand_ins):
+    answers(
+        stand_ins,
+        {
+            "queued-resources list": "0 xl\tACTIVE",
+            "tpu-vm list": "0 xl\tPREEMPTED\n0 xl\tPREEMPTED\n0 xl\tREADY",
+            "t5x_lite train": "0 done",
+        },
+    )
+    assert launch("tpu_vm").run(tpu, ["train"]) == 0
+    assert told(stand_ins) == ["delete", "create", *WHOLE]
+
+
+def test_tpu_run_stops_at_a_usage_error(launch, tpu, stand_ins):
+    answers(stand_ins, {"queued-resources list": "0 xl\tACTIVE", "t5x_lite train": "2 no such"})
+    assert launch("tpu_vm").run(tpu, ["train"]) == 2
+    assert told(stand_ins) == WHOLE
+
+
+def test_tpu_run_gives_up_when_it_fails_and_fails(launch, tpu, stand_ins):
+    answers(stand_ins, {"queued-resources list": "0 xl\tACTIVE", "t5x_lite train": "134 aborted"})
+    assert launch("tpu_vm").run(tpu, ["train"]) == 134
+    assert told(stand_ins) == WHOLE * 5
+
+
+def test_tpu_run_bears_with_gcloud_but_not_at_the_start(launch, tpu, stand_ins):
+    states = ["0 xl\tACTIVE", "1 no network", "1 no network", "0 xl\tACTIVE"]
+    answers(stand_ins, {"queued-resources list": "\n".join(states), "t5x_lite train": "0 done"})
+    assert launch("tpu_vm").run(tpu, ["train"]) == 0
+    assert told(stand_ins) == WHOLE
+    answers(stand_ins, {"queued-resources list": "1 not logged in"})
+    with pytest.raises(SystemExit) as exit:
+        launch("tpu_vm").run(tpu, ["train"])
+    assert exit.value.code == 1
+    assert told(stand_ins) == WHOLE  # and nothing more
+
+
+def test_tpu_run_ends_when_the_tpu_is_refused(launch, tpu, stand_ins):
+    answers(stand_ins, {"queued-resources list": "0 ", "queued-resources create": "7 no quota"})
+    with pytest.raises(SystemExit) as exit:
+        launch("tpu_vm").run(tpu, ["train"])
+    assert exit.value.code == 7
+    assert told(stand_ins) == ["create"]
+
+
+@pytest.mark.skipif(not shutil.which("pkill"), reason="no pkill here")
+def test_tpu_stop_ends_the_command_and_nothing_else(launch):
+    mark = f"launch_test_{uuid.uuid4().hex}"
+    script = launch("tpu_vm").STOP.replace("m t5x_lite", f"m {mark}")
+    assert script.count(mark) == 3
+    assert done("bash", "-c", script).returncode == 0  # nothing is there
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "-m", mark])
+    waiter = subprocess.Popen(["bash", "-c", script])
+    try:
+        # A child that nobody has waited for still counts as a process.
+        assert sleeper.wait(timeout=20) == -signal.SIGTERM
+        assert waiter.wait(timeout=20) == 0
+    finally:
+        sleeper.kill()
+        waiter.kill()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock here")
+def test_tpu_start_passes_arguments_on_and_starts_one(tmp_path):
+    """The command that a host gets, run by its shell: quoting, exit code, and the lock."""
+    arguments = ["train", "--gin.MODEL_DIR='gs://b/x y'", '--gin.A="$HOME"', "a;b"]
+    line = shown("tpu_vm.py", "run", *PLACE, "--target=v5e:4x4", "--dry_run", *arguments)
+    words = next(shlex.split(text) for text in line if "t5x_lite train" in text)
+    command = words[6].removeprefix("--command=")
+    python = tmp_path / "t5x_lite" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"; read -r; exit 9\n')
+    python.chmod(0o755)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(["bash", "-c", command], **pipes) as first:
+        got = [first.stdout.readline().rstrip("\n") for _ in range(7)]
+        assert got == ["-m", "t5x_lite", *arguments, "--distributed"]
+        second = done("bash", "-c", command, cwd=tmp_path, stdin=subprocess.DEVNULL)
+        assert second.returncode == 75
+        first.communicate("\n", timeout=20)
+    assert first.returncode == 9
+
+
+# ---- gke_jobset.py -------------------------------------------------------------------------------
+
+
+def manifest(target: str, *command: str) -> dict:
+    lines = shown(
+        *("gke_jobset.py", "--name=xl", "--image=example.com/t5x_lite:1"),
+        *(f"--target={target}", "--queue=multislice-queue", *command),
+    )
+    return yaml.safe_load("\n".join(lines))
+
+
+def test_gke_manifest():
+    found = manifest("2xv5e:16x16", "train", "--gin.MODEL_DIR='gs://b/x: y'")
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert found["metadata"] == {
+        "name": "xl",
+        "labels": {"kueue.x-k8s.io/queue-name": "multislice-queue"},
+        "annotations": {
+            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+        },
+    }
+    policy = found["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 50
+    (slices,) = found["spec"]["replicatedJobs"]
+    assert slices["replicas"] == 2
+    job = slices["template"]["spec"]
+    assert (job["parallelism"], job["completions"]) == (64, 64)
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy demands it
+    assert pod["terminationGracePeriodSeconds"] == 300
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "16x16",
+    }
+    (container,) = pod["containers"]
+    assert container["image"] == "example.com/t5x_lite:1"
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert container["command"] == [
+        *("python", "-m", "t5x_lite", "train", "--gin.MODEL_DIR='gs://b/x: y'", "--distributed"),
+    ]
+
+
+def test_gke_usage_errors_are_not_tried_again():
+    """t5x_lite's exit code 2 fails the pod's Job for a reason that fails the JobSet."""
+    found = manifest("v5e:4x4", "train")
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert job["podFailurePolicy"]["rules"] == [
+        {
+            "action": "FailJob",
+            "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2]},
+        }
+    ]
+    (rule,) = found["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+@pytest.mark.parametrize(
+    ("target", "accelerator", "hosts", "chips"),
+    [
+        ("v5p:4x4x4", "tpu-v5p-slice", 16, 4),
+        ("v4:2x2x4", "tpu-v4-podslice", 4, 4),
+        ("v6e:16x16", "tpu-v6e-slice", 64, 4),
+        ("v6e:1x1", "tpu-v6e-slice", 1, 1),
+        ("v5e:2x4", "tpu-v5-lite-podslice", 2, 4),
+    ],
+)
+def test_gke_hosts_of_a_slice(target, accelerator, hosts, chips):
+    (slices,) = manifest(target, "train")["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert (slices["replicas"], job["parallelism"], job["completions"]) == (1, hosts, hosts)
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
+    assert pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == chips
+
+
+def test_gke_dollars_are_the_programs_own():
+    """Kubernetes expands $(NAME) in a command, and reads $$ as $."""
+    found = manifest("v5e:4x4", "train", "--gin.A='$(HOME) $1'")
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert command[4] == "--gin.A='$$(HOME) $$1'"
+
+
+def test_gke_node_pools():
+    lines = shown("gke_jobset.py", "--name=xl", "--target=2xv5p:4x4x4", "--node_pools")
+    assert lines == [
+        f"gcloud container node-pools create xl-{i} --cluster=CLUSTER --location=REGION "
+        "--node-locations=ZONE --machine-type=ct5p-hightpu-4t --num-nodes=16 --tpu-topology=4x4x4"
+        for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--name=XL", "--target=v5e:4x4"), "small letters"),
+        (("--name=xl", "--target=v5e:4x4", "train"), "give --image, --queue"),
+    ],
+)
+def test_gke_refuses(arguments, expected):
+    assert expected in refusal("gke_jobset.py", *arguments)
+
+
+def test_kueue_admits_what_the_page_asks_for(repo):
+    """The example of kueue.yaml fits the example of gke_jobset.py: queue, nodes and chips."""
+    found = yaml.safe_load_all((repo / "launch" / "kueue.yaml").read_text())
+    flavor, cluster_queue, local_queue = found
+    run = manifest("2xv5e:16x16", "train")
+    assert run["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local_queue["metadata"]["name"]
+    assert local_queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    slices = run["spec"]["replicatedJobs"][0]
+    pod = slices["template"]["spec"]["template"]["spec"]
+    assert flavor["spec"]["nodeLabels"] == pod["nodeSelector"]
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    (offered,) = group["flavors"]
+    assert offered["name"] == flavor["metadata"]["name"]
+    assert offered["resources"] == [{"name": "google.com/tpu", "nominalQuota": 2 * 16 * 16}]
