@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from t5x_lite import data, packing
 from t5x_lite.errors import UsageError
+from t5x_lite.partitioning import InputShare
 from t5x_lite.run_config import DataConfig
 from tasks import sources, text_files, vocabularies
 
@@ -89,7 +90,12 @@ def c4_config(shared_data, task="c4_v310_span_corruption", **kwargs) -> DataConf
 def open_train(config: DataConfig, seed=0, host=0, num_hosts=1) -> data.TrainBatches:
     data.configure(config)
     provider = data.check(config, model_vocab_size=32128)
-    return data.train_batches(config, provider, seed, host, num_hosts)
+    return data.train_batches(config, provider, seed, share_of(host, num_hosts))
+
+
+def share_of(host: int, num_hosts: int) -> InputShare:
+    """Where each host holds one part of the batch."""
+    return InputShare(host, num_hosts, (host,), num_hosts)
 
 
 def numbers(batch: data.Batch) -> list[int]:
@@ -344,7 +350,7 @@ def test_rows_of_two_hosts_are_those_of_one(register):
     config = config_of(register())
     provider = data.check(config, 1000)
     alone = list(data.EvalBatches(config, provider, None))
-    shares = [list(data.EvalBatches(config, provider, None, host, 2)) for host in range(2)]
+    shares = [list(data.EvalBatches(config, provider, None, share_of(h, 2))) for h in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1])
     for whole, *parts in zip(alone, *shares, strict=True):
         for name in whole:

@@ -52,6 +52,19 @@ def made(repo, tmp_path_factory):
     return path
 
 
+def test_cache(repo, tmp_path, monkeypatch, capfd):
+    """The page's two commands."""
+    monkeypatch.chdir(tmp_path)
+    found = commands((repo / "docs" / "cache.md").read_text())
+    assert [argv[0] for argv in found] == ["cache", "train"]
+    for argv in found:
+        if argv[0] == "train":
+            few = ("TRAIN_STEPS=2", "EVAL_STEPS=1", "NUM_SAMPLE_PREDICTIONS=1")
+            argv = [*argv, *(f"--gin.{binding}" for binding in few)]
+        assert main(argv) == 0, capfd.readouterr().err
+    assert (tmp_path / "runs" / "cached" / "report.html").is_file()
+
+
 def test_your_text(repo, tmp_path, monkeypatch, capfd):
     """A corpus with one document a line; then the page's three commands."""
     monkeypatch.chdir(tmp_path)

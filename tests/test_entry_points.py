@@ -6,7 +6,7 @@ import pytest
 from small_run import content, train_argv
 
 from t5x_lite import gin_utils, setup
-from t5x_lite.__main__ import main
+from t5x_lite.__main__ import VERBS, main
 
 TEXT = {"MIXTURE_OR_TASK_NAME": "text_files_prefix_lm", "VOCABULARY_FILE": "bytes"}
 
@@ -23,7 +23,9 @@ def one_line_of(capfd) -> str:
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("train",), ("eval",), ("infer",), ("report",), ("tasks",), ("vocab",)], ids=str
+    "verb",
+    [(), *((verb,) for verb in VERBS)],
+    ids=str,
 )
 def test_help_shows_an_example(capsys, verb):
     with pytest.raises(SystemExit) as exit:
@@ -63,7 +65,7 @@ def test_arguments_that_are_wrong(capfd, argv, expected):
         ({"T5Config.d_modell": 4}, "did you mean 'd_model'"),
         ({"BATCH_SIZE": 0}, "BATCH_SIZE = 0: must be an integer of at least 1"),
         ({"BATCH_SIZE": 4, "NUM_MICROBATCHES": 3}, "3 microbatches; use a multiple of 3"),
-        ({"MESH": {"data": 3}}, "MESH = data 3 x model 1 is 3 devices, but there are"),
+        ({"MESH": {"data": 3}}, "MESH = data 3 is 3 devices, but there are"),
         ({"MESH": {"dta": 1}}, "MESH has no axis 'dta'"),
         ({"TASK_FEATURE_LENGTHS": {"inputs": 0, "targets": 9}}, "['inputs'] = 0: must be"),
         ({"TASK_FEATURE_LENGTHS": {}}, "TASK_FEATURE_LENGTHS = {}: give tokens"),

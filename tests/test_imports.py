@@ -16,7 +16,7 @@ PURE_MAY_IMPORT = {"jax", "flax", "optax", "numpy"}
 # The command line, the rooms that may load TensorFlow and seqio, and those that load these.
 SEQIO_ROOMS = {
     *("data", "packing", "inspect_tasks", "gold_check", "task_stages", "vocab"),
-    *("task_evaluation", "evaluate_run", "saved_run"),
+    *("task_evaluation", "evaluate_run", "saved_run", "cache"),
 }
 EDGE = SEQIO_ROOMS | {
     *(
