@@ -12,7 +12,7 @@ from t5x_lite.verbs.flags import EXAMPLE_FILES, parser_of
 USAGE_ERROR, KEYBOARD_INTERRUPT = 2, 130
 
 # Each is a module of `verbs` with a function `run(arguments) -> exit code`.
-VERBS = ("train", "eval", "infer", "convert", "tasks", "vocab", "report")
+VERBS = ("train", "eval", "infer", "convert", "tasks", "vocab", "cache", "plan", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,9 @@ Without a caller's word the compiler decides, and on one device there is nothing
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
+import jax
 from jax import Array
 
 # (array, its logical axes) -> the array, lying as they say.
@@ -30,3 +32,36 @@ def lay_out(x: Array, *axes: str | None) -> Array:
     an axis that is never split."""
     constrain = _constrain.get()
     return x if constrain is None else constrain(x, axes)
+
+
+def gather(parameter: Array, axes: tuple[str | None, ...]) -> Array:
+    """A parameter as it is used: whole along "embed", which `fsdp` splits.
+
+    Its gradient is added up where the parameter lies, never whole.
+
+    Args:
+      parameter: in the dtype in which it is to travel.
+      axes: its logical axes.
+    """
+    constrain = _constrain.get()
+    if constrain is None:
+        return parameter
+    whole = tuple(None if axis == "embed" else axis for axis in axes)
+
+    @jax.custom_vjp
+    def gathered(x: Array) -> Array:
+        return constrain(x, whole)
+
+    gathered.defvjp(lambda x: (gathered(x), None), lambda _, dx: (constrain(dx, axes),))
+    return gathered(parameter)
+
+
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: keeps everything for the backward pass but what `gather` gives,
+    which would be all parameters, whole, on every device."""
+    return primitive.name != "custom_vjp_call"
+
+
+def are_laid_out() -> bool:
+    """Whether a caller has said where activations lie."""
+    return _constrain.get() is not None

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t5x_lite.models.activations import lay_out
+from t5x_lite.models.activations import gather, lay_out
 from t5x_lite.models.config import T5Config
 
 # Large enough to vanish in a softmax, small enough that a row of nothing else stays finite.
@@ -89,7 +89,7 @@ class RMSNorm(nnx.Module):
         x = x_BxLxD.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
-        return y * self.scale[...].astype(self.dtype)
+        return y * gather(self.scale[...].astype(self.dtype), ("embed",))
 
 
 class Dense(nnx.Module):
@@ -112,10 +112,11 @@ class Dense(nnx.Module):
         else:
             draw = jax.random.normal(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(draw * stddev, axes=axes)
+        self.axes = axes
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.kernel[...].astype(self.dtype)
+        return x @ gather(self.kernel[...].astype(self.dtype), self.axes)
 
 
 class Attention(nnx.Module):

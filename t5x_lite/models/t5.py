@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_lite.models.activations import lay_out
+from t5x_lite.models import activations
+from t5x_lite.models.activations import gather, lay_out
 from t5x_lite.models.config import T5Config
 from t5x_lite.models.layers import (
     MLP,
@@ -51,8 +52,7 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        # Whole rows on every device: otherwise what was looked up would have to change places.
-        embedding_VxD = lay_out(self.embedding[...], "activation_vocab", None)
+        embedding_VxD = gather(self.embedding[...], ("vocab", "embed"))
         return _residual(embedding_VxD[tokens_BxL].astype(self.dtype))
 
 
@@ -232,6 +232,7 @@ def _is_tuple(x: Any) -> bool:
 
 
 _REMAT = {
+    "none": activations.all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -251,7 +252,7 @@ def _apply_layers(
         layer = merge((_STACKS[stack], config), layer_params)
         return layer(x, *context, fold(key, index))
 
-    if config.remat_policy != "none":
+    if config.remat_policy != "none" or activations.are_laid_out():
         # In a scan nothing can undo the recomputation, which the barriers are against otherwise.
         body = jax.checkpoint(
             body, policy=_REMAT[config.remat_policy], prevent_cse=not config.scan_layers
@@ -358,10 +359,9 @@ def output_kernel(config: T5Config, params: Params) -> Array:
     A decoder's output that is to be scaled by d_model^-0.5 is so here: the product is the same.
     """
     if config.tie_embeddings:
-        kernel = params["token_embedder"]["embedding"].T
+        kernel = gather(params["token_embedder"]["embedding"], ("vocab", "embed")).T
     else:
-        kernel = params["decoder"]["logits_dense"]["kernel"]
-    kernel = lay_out(kernel, None, "activation_vocab")
+        kernel = gather(params["decoder"]["logits_dense"]["kernel"], ("embed", "vocab"))
     return kernel * config.d_model**-0.5 if config.scales_decoder_output else kernel
 
 

@@ -1,0 +1,1 @@
+"""`plan`: the real train step compiled for hardware that is not there, and what follows from it."""

@@ -1,0 +1,172 @@
+"""`plan`: a run compiled for hardware that is not there, and what it needs and costs there."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from t5x_lite.errors import UsageError
+from t5x_lite.verbs.flags import parser_of
+
+if TYPE_CHECKING:
+    from t5x_lite.plan.chips import Chip
+    from t5x_lite.plan.cost import Rates
+    from t5x_lite.plan.search import Candidate, Found
+    from t5x_lite.plan.targets import Target
+    from t5x_lite.run_config import TrainConfig
+
+EXAMPLE = (
+    "--gin_file=gin_configs/models/t5_1_1/small.gin --gin_file=gin_configs/runs/pretrain.gin \\\n"
+    "    --gin.TASK_FEATURE_LENGTHS=\"{'inputs': 512, 'targets': 114}\" "
+    "--gin.TRAIN_STEPS=524288 \\\n"
+    "    --gin.BATCH_SIZE=2048 --gin.DTYPE=\"'bfloat16'\" --target=v5e:4x4 --search"
+)
+
+# Nothing is read and nothing written: a plan does without what says from and to where.
+_NOT_NEEDED = (
+    "TrainConfig.model_dir = 'plan'",
+    "TrainConfig.initial_checkpoint_path = None",
+    "DataConfig.mixture_or_task_name = 'plan'",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Reads the flags and does it; returns the exit code, 0 also for a run that does not fit."""
+    parser = parser_of(
+        "plan",
+        "Compile a run's train step for TPUs or GPUs that are not there: memory, FLOPs, "
+        "collectives,\na bound on the time of a step, and what the run costs.",
+        f"plan {EXAMPLE}",
+    )
+    _add_flags(parser)
+    if any(flag in argv for flag in ("-h", "--help")):
+        parser.parse_args(argv)
+    from t5x_lite import gin_utils
+    from t5x_lite.plan import chips, cost, targets
+    from t5x_lite.verbs.flags import given
+
+    bindings, rest = gin_utils.split_gin_flags(argv)
+    arguments = parser.parse_args(rest)
+    if not arguments.gin_file or not arguments.target:
+        raise UsageError(f"give --gin_file and --target, for example {' '.join(EXAMPLE.split())}")
+    target = targets.parse_target(arguments.target)
+    flags = {flag.name: name for name, flag in chips.FLAGS.items()}
+    figures = {flags[flag]: value for flag, value in given(arguments, flags).items()}
+    chip = chips.chip_of(target.kind, figures)
+    names = [field.name for field in dataclasses.fields(cost.Rates)]
+    rates = cost.Rates(**given(arguments, names))
+    paths = [path for path in arguments.gin_search_paths.split(",") if path]
+    config, _ = gin_utils.load_train_config(arguments.gin_file, [*bindings, *_NOT_NEEDED], paths)
+    targets.prepare(target)
+    if arguments.search:
+        values = _search(config, target, chip, rates, arguments.max_compiles)
+    else:
+        values = _plan(config, target, chip, rates)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n")
+    return 0
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gin_file", action="append", default=[], help="repeatable; a later file wins"
+    )
+    parser.add_argument(
+        "--gin.NAME",
+        dest="unused",
+        metavar="VALUE",
+        help="--gin.NAME=VALUE binds a macro or parameter; repeatable, wins over files",
+    )
+    parser.add_argument("--gin_search_paths", default="", help="comma-separated directories")
+    parser.add_argument(
+        "--target", help="v5e:16x16, 2xv5p:8x8x8 (two slices), v4:4x4x4, v6e:4x4, h100:64, ..."
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="look for the mesh, microbatches and remat policy that fit and are fastest",
+    )
+    parser.add_argument(
+        "--max_compiles", type=int, default=8, help="of --search (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything there as well")
+    figures = parser.add_argument_group("figures in place of the published or assumed ones")
+    for name, words in (
+        ("peak_tflops", "of a chip, in bfloat16"),
+        ("hbm_gib", "memory of a chip"),
+        ("reserved_gib", "of it, what a program cannot have"),
+        ("hbm_gb_per_s", "from and to memory"),
+        ("link_gb_per_s", "over one link to a neighbour, one way (GPUs: all NVLinks)"),
+        ("dcn_gb_per_s", "of a chip to other slices (GPUs: other hosts), one way"),
+        ("watts_per_chip", "on average, with the chip's share of its host"),
+        ("price_per_chip_hour", "dollars"),
+        ("efficiency", "of the bound's speed, what the estimate supposes"),
+        ("pue", "of the data center"),
+        ("co2_kg_per_kwh", "of the grid"),
+    ):
+        figures.add_argument(f"--{name}", type=float, metavar="N", help=words)
+
+
+def _plan(config: "TrainConfig", target: "Target", chip: "Chip", rates: "Rates") -> dict[str, Any]:
+    """Compiles the run as it is, and prints and returns what follows."""
+    from t5x_lite.plan import cost, program, show
+
+    try:
+        compiled = program.compile_step(config, target)
+    except program.DoesNotFit as e:
+        fit = cost.fit(e.memory, config, target, chip, refused=True)
+        show.print_refused(e.memory, fit, config, target)
+        what = {"fits": False, "fit": dataclasses.asdict(fit), "program": None}
+        what |= {"memory": dataclasses.asdict(e.memory), "compiler": str(e)}
+    else:
+        plan = cost.make_plan(compiled, config, target, chip, rates)
+        show.print_plan(plan, config, target, chip, rates)
+        what = plan.to_dict()
+    return {
+        "target": target.name,
+        "gin": show.gin_bindings(config),
+        **what,
+        "assumptions": show.assumptions(chip, rates),
+    }
+
+
+def _search(
+    config: "TrainConfig", target: "Target", chip: "Chip", rates: "Rates", max_compiles: int
+) -> dict[str, Any]:
+    """Compiles several layouts of the run; prints the ranking and the best one's plan."""
+    from t5x_lite.plan import cost, program, search, show
+
+    if max_compiles < 1:
+        raise UsageError(f"--max_compiles={max_compiles}: must be at least 1")
+
+    def plan(candidate: "TrainConfig") -> cost.Plan:
+        compiled = program.compile_step(candidate, target)
+        return cost.make_plan(compiled, candidate, target, chip, rates)
+
+    def report(candidate: "Candidate") -> None:
+        layout = show.gin_flags(candidate.apply(config))
+        print(f"compiling {layout}", file=sys.stderr, flush=True)
+
+    found: Found = search.search(config, target, chip, plan, max_compiles, report)
+    show.print_search(found)
+    best = found.tried[0]
+    if best.fit is None:
+        raise UsageError(best.refusal)
+    chosen = best.candidate.apply(config)
+    what: dict[str, Any] = {"fits": False, "fit": dataclasses.asdict(best.fit), "program": None}
+    if best.plan is not None:
+        show.print_plan(best.plan, chosen, target, chip, rates)
+        what = best.plan.to_dict()
+    if best.fits:
+        print(f"the best that fits: {show.gin_flags(chosen)}")
+    else:
+        print(f"none that was compiled fits; the smallest {best.fit.sentence}")
+    return {
+        "target": target.name,
+        "gin": show.gin_bindings(chosen),
+        **what,
+        "assumptions": show.assumptions(chip, rates),
+        "search": found.to_dict(),
+    }
