@@ -4,7 +4,7 @@ What is on disk:
 
     <directory>/<step>/
         params/  optimizer/                    Orbax checkpointables; params can be read alone
-        input_position/process_<i>_of_<n>      where process i of n stood in its input pipeline
+        input_position/process_<i>_of_<n>      where process i of n stood in its input
         SHA256SUMS                             a digest of every other file, and of itself
     <directory>/<step>.incomplete...           a save that was interrupted; never read
     <directory>/<step>.damaged-<k>             a damaged step set aside when it was saved again
@@ -18,20 +18,19 @@ See integrity.py for the digests.
 """
 
 import asyncio
-import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from t5x_lite import input_position
+from t5x_lite.distributed import from_process_0
 from t5x_lite.errors import Failure, UsageError, nearest
 from t5x_lite.files import absolute, is_local
 from t5x_lite.integrity import (
@@ -103,7 +102,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, ascending. They have digests, which are not checked here."""
-        return [step for step in scan(self._directory).steps if is_committed(self._path(step))]
+        return from_process_0(
+            lambda: [s for s in scan(self._directory).steps if is_committed(self._path(s))]
+        )
 
     def save(self, step: int, state: PyTree, input_state: bytes | None) -> None:
         """Copies the state to the host and writes it in the background.
@@ -198,7 +199,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if there are steps, but none is intact.
           UsageError: if the step does not fit `abstract_state`, or if it was saved by another
-            number of processes and holds their input positions.
+            number of processes and holds the positions of their streams.
         """
         self.wait()
         step, skipped = from_process_0(self._newest_intact)
@@ -377,13 +378,17 @@ def _read_input_position(step_dir: epath.Path) -> bytes | None:
     if not directory.exists():
         return None
     path = directory / _InputPosition.file_name()
-    if not path.exists():
-        saved = next(directory.iterdir()).name.rpartition("_")[2]
+    if path.exists():
+        return path.read_bytes()
+    other = next(directory.iterdir())
+    position = other.read_bytes()
+    if not input_position.fits_any_processes(position):
         raise UsageError(
-            f"{step_dir} holds the input positions of {saved} processes, which "
-            f"{jax.process_count()} cannot take over: start as many processes as saved it"
+            f"{step_dir} holds the input positions of {other.name.rpartition('_')[2]} processes, "
+            f"which {jax.process_count()} cannot take over: start as many processes as saved it; a "
+            "run on a cache (CACHE_DIR) goes on with any number"
         )
-    return path.read_bytes()
+    return position
 
 
 def _check_fits(step_dir: epath.Path, wanted: dict[str, PyTree], *, casts: bool) -> None:
@@ -469,31 +474,3 @@ def _save_failed(path: epath.Path, error: BaseException) -> CheckpointError:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def from_process_0(compute: Callable[[], Any]) -> Any:
-    """What `compute` returns or raises on process 0, on every process.
-
-    The value goes through JSON. An exception other than UsageError is raised as CheckpointError
-    on the other processes.
-    """
-    if jax.process_count() == 1:
-        return compute()
-    error: Exception | None = None
-    message = b""
-    if jax.process_index() == 0:
-        answer: dict[str, Any] = {}
-        try:
-            answer["value"] = compute()
-        except Exception as e:  # noqa: BLE001 - raised again on every process
-            error = e
-            answer = {"error": _one_line(e), "usage": isinstance(e, UsageError)}
-        message = json.dumps(answer).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-    padded = np.frombuffer(message.ljust(size, b" "), np.uint8)
-    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
-    if error:
-        raise error
-    if "error" in answer:
-        raise (UsageError if answer["usage"] else CheckpointError)(answer["error"])
-    return answer["value"]

@@ -100,11 +100,13 @@ class MetricWriter:
     `write` returns. On an object store, where whole objects are rewritten, it is there after
     `flush`; call that before a checkpoint is saved, or a resumed run can lack lines.
 
-    A series has one writer at a time: on a cluster, only process 0 makes one.
+    A series has one writer at a time: on a cluster, that of process 0 is enabled.
     """
 
-    def __init__(self, model_dir: epath.PathLike):
+    def __init__(self, model_dir: epath.PathLike, *, enabled: bool = True):
+        """Nothing is read or written before the first call, and never unless `enabled`."""
         self._model_dir = epath.Path(model_dir)
+        self._enabled = enabled
         self._series: dict[str, _Series] = {}
         self._names: dict[str, str] = {}
 
@@ -119,6 +121,8 @@ class MetricWriter:
         Raises:
           UsageError: another name of this run has the same file name.
         """
+        if not self._enabled:
+            return
         record: dict[str, float] = {_STEP: int(step)}
         record |= {key: _number(value) for key, value in values.items()}
         record[_UNIX_TIME] = round(time.time(), 3)
@@ -138,7 +142,7 @@ class MetricWriter:
         crash in the middle leaves it as it was or as it should be.
         """
         directory = self._model_dir / "metrics"
-        if directory.exists():
+        if self._enabled and directory.exists():
             for path in sorted(directory.glob("*.jsonl")):
                 self._open(path.name.removesuffix(".jsonl")).drop_after(step)
 

@@ -6,11 +6,15 @@
 import json
 import os
 import pathlib
+import tempfile
+import time
 from typing import Any
 
+import jax
 from etils import epath
 
 from t5x_lite import files, setup
+from t5x_lite.distributed import from_process_0, is_coordinator, processes_where
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.vocabularies import same_vocabulary
 from t5x_lite.models import t5
@@ -21,6 +25,8 @@ VOCABULARY_FILE = "vocabulary.model"
 MODEL_FILE = "model.json"
 # The architecture of a converted checkpoint as a gin file.
 MODEL_GIN = "model.gin"
+
+_SECONDS_TO_APPEAR = 5.0
 
 
 def check_writable(model_dir: str) -> None:
@@ -37,6 +43,51 @@ def check_writable(model_dir: str) -> None:
         problem = f"no permission to write in {path}"
     if problem:
         raise UsageError(f"MODEL_DIR = {model_dir!r} cannot be written: {problem}")
+
+
+def check_shared(model_dir: str) -> None:
+    """Looks whether MODEL_DIR is one directory for all processes; makes it if it is not there.
+
+    Raises:
+      UsageError: some process does not see in it what process 0 has written.
+    """
+    if jax.process_count() == 1 or not files.is_local(model_dir):
+        return
+    directory = pathlib.Path(model_dir)
+    name = from_process_0(lambda: _write_probe(directory))
+    blind = processes_where(not _appears(directory / name))
+    if is_coordinator():
+        (directory / name).unlink(missing_ok=True)
+    if blind:
+        raise UsageError(
+            f"MODEL_DIR = {model_dir!r} is another directory on process "
+            f"{', '.join(map(str, blind))} than on process 0: give one on a shared file system, or "
+            "in an object store like gs://"
+        )
+
+
+def _write_probe(directory: pathlib.Path) -> str:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=".shared-", dir=directory)
+        os.close(handle)
+    except OSError as e:
+        raise UsageError(f"MODEL_DIR = {str(directory)!r} cannot be written: {e.strerror}") from e
+    return os.path.basename(path)
+
+
+def _appears(path: pathlib.Path) -> bool:
+    """NFS may remember for some seconds that a file was not there; listing asks again."""
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while True:
+        try:
+            if path.name in os.listdir(path.parent):
+                return True
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def check_same_text(model_dir: epath.Path, config: TrainConfig, data: setup.Input) -> None:
@@ -111,7 +162,14 @@ def _origin(model_dir: epath.Path, initial: str | None) -> dict[str, Any] | None
 
 
 def write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input) -> None:
-    """Writes config.gin and model.json, before anything else of a run."""
+    """Writes config.gin and model.json, before anything else of a run; process 0 does.
+
+    Every process calls it, and goes on when they are there.
+    """
+    from_process_0(lambda: _write(model_dir, config, config_text, data))
+
+
+def _write(model_dir: epath.Path, config: TrainConfig, config_text: str, data: setup.Input) -> None:
     from t5x_lite.data import source_shards, vocabulary_content, vocabulary_description
 
     description = {

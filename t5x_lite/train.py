@@ -4,11 +4,12 @@ What a run leaves in MODEL_DIR is described in docs/model_dir.md.
 """
 
 import math
+import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from etils import epath
 
 from t5x_lite import best, run_files, setup
 from t5x_lite.checkpoints import Checkpoints, Restored, restore_params
+from t5x_lite.distributed import AgreedStop, from_process_0, is_coordinator, tell, wait_for_all
 from t5x_lite.errors import Failure, UsageError
 from t5x_lite.evaluator import Evaluator
 from t5x_lite.interop import recognise
@@ -47,6 +49,9 @@ class Interrupted(Failure):
 def train(config: TrainConfig, config_text: str) -> None:
     """Runs or resumes training until `config.train_steps`.
 
+    Every process of a job calls it with the same configuration. What is decided by looking into
+    MODEL_DIR, process 0 decides for all; it alone writes there what is not a checkpoint's.
+
     Args:
       config: the run.
       config_text: the gin text that makes it again, for MODEL_DIR/config.gin.
@@ -57,11 +62,10 @@ def train(config: TrainConfig, config_text: str) -> None:
       Interrupted: after SIGTERM or Ctrl-C, with the current step saved.
       CheckpointError: there are checkpoints, none of them intact.
     """
-    if jax.process_count() > 1:
-        raise UsageError("training in several processes is not built yet: start one")
     model_dir = epath.Path(config.model_dir)
     run_files.check_writable(config.model_dir)
     partitioning = setup.partitioning_of(config)  # what can be refused at once is
+    run_files.check_shared(config.model_dir)
     checkpoints = Checkpoints(
         model_dir / "checkpoints",
         keep=config.checkpoint_keep,
@@ -79,27 +83,28 @@ def train(config: TrainConfig, config_text: str) -> None:
         if restored is not None:
             start = restored.step
             run_files.check_same_text(model_dir, config, data)
+            converted = from_process_0(lambda: run_files.converted_step(model_dir))
             if restored.input_state is not None:
                 data.train.restore(restored.input_state)
-            elif start != run_files.converted_step(model_dir):  # else: the data from its beginning
+            elif start != converted:  # else: the data from its beginning
                 raise UsageError(f"the checkpoint of step {start} has no input position")
             elif start >= config.train_steps:
                 raise UsageError(
                     f"TRAIN_STEPS = {config.train_steps}: the converted checkpoint in "
                     f"{config.model_dir!r} is of step {start}, and they count from its first"
                 )
-            if wrap_up.is_finished(model_dir, config, start):
-                print(f"the run is complete: step {start} of {config.train_steps}")
-                wrap_up.print_places(model_dir)
+            if from_process_0(lambda: wrap_up.is_finished(model_dir, config, start)):
+                tell(f"the run is complete: step {start} of {config.train_steps}")
+                wrap_up.tell_places(model_dir)
                 return
-            print(f"resuming after step {start} of {config.train_steps}", flush=True)
+            tell(f"resuming after step {start} of {config.train_steps}")
         elif config.initial_checkpoint_path is not None:
             run_files.check_initial_vocabulary(config.initial_checkpoint_path, data)
         if stop.is_set():
             raise Interrupted("stopped before the first step; nothing was written")
 
         run_files.write(model_dir, config, config_text, data)
-        writer = MetricWriter(model_dir)
+        writer = MetricWriter(model_dir, enabled=is_coordinator())
         writer.drop_after(start)
         evaluator = Evaluator(config, data, programs, writer, stop.is_set)
         run = _Run(config, data, programs, checkpoints, writer, evaluator, stop)
@@ -150,14 +155,14 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
     writer: MetricWriter
     evaluator: Evaluator
-    stop: threading.Event
+    stop: threading.Event | AgreedStop
 
 
 def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> TrainState:
     """The loop: the device runs ahead by a few steps, the host follows with the log."""
     config, programs = run.config, run.programs
-    first_profiled, last_profiled = config.profile_steps or (0, 0)
-    with Progress(config.train_steps, start) as progress:
+    first_profiled, last_profiled = (is_coordinator() and config.profile_steps) or (0, 0)
+    with _progress(config, start) as progress:
         saved, profiling = start, False
         if start:
             _pin_best(run, start)
@@ -165,7 +170,7 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
                 _evaluate(run, progress, start, state, saved)  # killed between the save and this
         follower = _Follower(run, progress)
         # Stopped already: that evaluation is to be made up for before the next step.
-        ended = run.stop.is_set() or best.is_exhausted(config.model_dir, config)
+        ended = run.stop.is_set() or _is_exhausted(run)
         for step in range(start + 1, config.train_steps + 1):
             if ended:
                 break
@@ -194,7 +199,7 @@ def _run_steps(run: _Run, state: TrainState, start: int, key: jax.Array) -> Trai
                 saved = _evaluate(run, progress, step, state, saved, batch)
                 follower.leave_out(time.monotonic() - began)
                 stopping = run.stop.is_set()
-                ended = best.is_exhausted(config.model_dir, config)
+                ended = _is_exhausted(run)
                 if saved < step and (stopping or ended):
                     saved = _save(run, step, state, batch)
             if stopping:
@@ -229,25 +234,38 @@ def _evaluate(
     for line in lines:
         progress.message(line)
     # Of those that are there: what was best before BEST_METRIC was set may be gone.
-    found = best.find(run.config.model_dir, run.config, {*run.checkpoints.steps(), step})
+    found = _find_best(run, {*run.checkpoints.steps(), step})
     if not lines or found is None or found.step != step:
         return saved
     if saved < step:
         saved = _save(run, step, state, batch)
     # best.json never names what is not there: the old one stays until the new one is whole.
     run.checkpoints.wait()
-    best.write(run.config.model_dir, run.config, found)
-    run.checkpoints.pin(step)
+    _write_best(run, found)
     return saved
 
 
 def _pin_best(run: _Run, start: int) -> None:
     """Keeps the best of the checkpoints that a resumed run has."""
     steps = [step for step in run.checkpoints.steps() if step <= start]
-    found = best.find(run.config.model_dir, run.config, steps)
+    found = _find_best(run, steps)
     if found is not None:
+        _write_best(run, found)
+
+
+def _find_best(run: _Run, steps: Collection[int]) -> best.Best | None:
+    found = from_process_0(lambda: best.find(run.config.model_dir, run.config, steps))
+    return None if found is None else best.Best(*found)
+
+
+def _write_best(run: _Run, found: best.Best) -> None:
+    if is_coordinator():
         best.write(run.config.model_dir, run.config, found)
-        run.checkpoints.pin(found.step)
+    run.checkpoints.pin(found.step)
+
+
+def _is_exhausted(run: _Run) -> bool:
+    return from_process_0(lambda: best.is_exhausted(run.config.model_dir, run.config))
 
 
 def _is_evaluated_after(config: TrainConfig, step: int) -> bool:
@@ -258,6 +276,16 @@ def _is_evaluated_after(config: TrainConfig, step: int) -> bool:
 @jax.jit
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+@contextmanager
+def _progress(config: TrainConfig, start: int) -> Iterator[Progress]:
+    """What process 0 shows; the others show it to nobody."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        Progress(config.train_steps, start, stream=None if is_coordinator() else nowhere) as bar,
+    ):
+        yield bar
 
 
 class _Follower:
@@ -309,15 +337,20 @@ def _describe_batch(run: _Run, step: int, batch: Any, problem: str) -> str:
     from t5x_lite import data
 
     task = run.config.data.mixture_or_task_name
-    path = epath.Path(run.config.model_dir) / f"non_finite_batch_{step}.npz"
+    own = whose = ""
+    if jax.process_count() > 1:  # each keeps its rows
+        number = f"{jax.process_index()}_of_{jax.process_count()}"
+        own, whose = f"_process_{number}", f"rows of process {number.replace('_', ' ')}, "
+    path = epath.Path(run.config.model_dir) / f"non_finite_batch_{step}{own}.npz"
     with path.open("wb") as f:
         np.savez(f, **batch)
+    wait_for_all("every process has kept its rows")
     vocabulary = data.target_vocabulary(run.data.provider)
     text = data.decode(vocabulary, batch["decoder_target_tokens"][0])[:60]
     kept = run.checkpoints.steps()
     return (
         f"step {step}: {problem}; batch {step} of {task} (seed "
-        f"{run.config.random_seed}, first target {text!r}) is kept in {path}; "
+        f"{run.config.random_seed}, {whose}first target {text!r}) is kept in {path}; "
         f"checkpoints end at step {kept[-1] if kept else 'none'}"
     )
 
@@ -326,22 +359,32 @@ def _describe_batch(run: _Run, step: int, batch: Any, problem: str) -> str:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preemption) or Ctrl-C sets; a second Ctrl-C stops at once."""
+def _stop_on_signal() -> Iterator[threading.Event | AgreedStop]:
+    """What SIGTERM (a preemption) or Ctrl-C sets; a second Ctrl-C stops at once.
+
+    In a job of several processes a signal to one of them sets it in all, at the same step.
+    """
     stop = threading.Event()
+    several = jax.process_count() > 1
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    # SIGTERM in a job is JAX's, which has a handler that Python does not know of.
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    previous = {s: signal.signal(s, handle) for s in numbers}
     try:
-        yield stop
+        yield AgreedStop() if several else stop
     finally:
+        if several:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -361,10 +404,10 @@ def dry_run(config: TrainConfig) -> None:
         run_files.check_initial_vocabulary(config.initial_checkpoint_path, data)
     batch = next(data.train)
     table = describe(programs.abstract_state, programs.state_axes)
-    print("\n".join(table))
-    print("\none batch:")
+    tell("\n".join(table))
+    tell(f"\none batch{', the rows of process 0' if jax.process_count() > 1 else ''}:")
     for name, array in batch.items():
         filled = 100 * np.count_nonzero(array) / array.size
-        print(f"  {name:24} {array.dtype} {array.shape}  {filled:5.1f}% not 0")
+        tell(f"  {name:24} {array.dtype} {array.shape}  {filled:5.1f}% not 0")
     total = t5.num_parameters(config.model)
-    print(f"\n{total:,} parameters; mesh {dict(partitioning.mesh.shape)}; nothing was trained")
+    tell(f"\n{total:,} parameters; mesh {dict(partitioning.mesh.shape)}; nothing was trained")

@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 
 from t5x_lite import baselines, best, data, evaluate, files, report, setup
+from t5x_lite.distributed import is_coordinator, tell
 from t5x_lite.integrity import scan
 from t5x_lite.metrics import read_metrics
 from t5x_lite.predict import Predictor
@@ -42,6 +43,8 @@ def finish(
 ) -> None:
     """Writes baselines, predictions and the report, and prints what they say.
 
+    Every process of a job calls it and takes part in the predictions; process 0 does the rest.
+
     Args:
       model_dir: where to.
       config: the run.
@@ -49,18 +52,32 @@ def finish(
       state: its last state.
       predictor: decodes.
     """
-    step = int(state.step)
+    lines = []
+    if not opened.eval_tasks and config.num_sample_predictions:
+        lines = _sample_predictions(config, opened, state, predictor)
+    if is_coordinator():
+        _write(model_dir, config, opened, int(state.step), lines)
+
+
+def _write(
+    model_dir: epath.Path,
+    config: TrainConfig,
+    opened: setup.Input,
+    step: int,
+    predictions: list[dict[str, str]],
+) -> None:
     counts = data.token_counts(
         config.data, opened.provider, config.model.vocab_size, _UNIGRAM_EXAMPLES
     )
-    unigram_loss = evaluate.unigram_loss(counts, opened.evaluation, opened.text_ids_V)
+    # All rows of each batch, where `opened.evaluation` has this process's.
+    batches = data.EvalBatches(config.data, opened.provider, config.eval_steps)
+    unigram_loss = evaluate.unigram_loss(counts, batches, opened.text_ids_V)
     found = {task.series: baselines.measure(config.data, task) for task in opened.eval_tasks}
-    if not opened.eval_tasks and config.num_sample_predictions:
+    if predictions:
         name = config.data.mixture_or_task_name
-        lines = _sample_predictions(config, opened, state, predictor)
         files.write_atomically(
             model_dir / "inference" / f"{name}-{step}.jsonl",
-            "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in lines).encode(),
+            "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions).encode(),
         )
     content: dict[str, Any] = {"step": step, "unigram_loss": unigram_loss}
     content["tasks"] = {series: b._asdict() for series, b in found.items() if b is not None}
@@ -95,13 +112,13 @@ def _print_outcome(
     kept = best.find(model_dir, config, saved_steps)
     if kept is not None:
         print(f"best {config.best_metric} {kept.value:.4g}, at step {kept.step}, which is kept")
-    print_places(model_dir)
+    tell_places(model_dir)
 
 
-def print_places(model_dir: epath.Path) -> None:
+def tell_places(model_dir: epath.Path) -> None:
     """Where to look."""
     for name in ("checkpoints", "metrics", "tensorboard", "inference", "report.html"):
-        print(f"  {name:12} {model_dir / name}")
+        tell(f"  {name:12} {model_dir / name}")
 
 
 def _sample_predictions(

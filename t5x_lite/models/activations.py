@@ -57,8 +57,8 @@ def gather(parameter: Array, axes: tuple[str | None, ...]) -> Array:
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: keeps everything for the backward pass but what `gather` gives,
-    which would be all parameters, whole, on every device."""
+    """A policy for `jax.checkpoint`: what `gather` gives is not kept for the backward pass, where
+    it would be all parameters, whole, on every device; everything else is."""
     return primitive.name != "custom_vjp_call"
 
 

@@ -8,10 +8,13 @@ from t5x_lite import setup
 from t5x_lite.errors import UsageError
 from t5x_lite.verbs.flags import (
     add_decode_flags,
+    add_process_flags,
     decode_config,
     given,
     keep_compiled_programs,
     parser_of,
+    process_options,
+    shared_flags,
 )
 
 if TYPE_CHECKING:
@@ -53,9 +56,12 @@ def run(argv: list[str]) -> int:
         metavar="FEATURE=N,...",
         help="of a converted checkpoint: tokens of each feature; those of model.json by default",
     )
+    add_process_flags(parser)
     arguments = parser.parse_args(argv)
+    processes = process_options(arguments)
     with setup.without_native_notes():
-        from t5x_lite import evaluate_run
+        from t5x_lite import distributed, evaluate_run
+    from t5x_lite.run_config import _flatten as flatten
 
     config = _run_config(arguments)
     evaluation = dataclasses.replace(
@@ -73,13 +79,14 @@ def run(argv: list[str]) -> int:
         evaluation=evaluation,
     )
     keep_compiled_programs()
-    evaluate_run.evaluate_run(
-        config,
-        task=arguments.task,
-        split=arguments.split,
-        checkpoint=arguments.checkpoint,
-        trained_with=trained_with,
-    )
+    with distributed.joined(processes, shared_flags(arguments) | flatten(config)):
+        evaluate_run.evaluate_run(
+            config,
+            task=arguments.task,
+            split=arguments.split,
+            checkpoint=arguments.checkpoint,
+            trained_with=trained_with,
+        )
     return 0
 
 

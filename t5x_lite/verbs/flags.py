@@ -12,6 +12,7 @@ from t5x_lite.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from t5x_lite.decoding import DecodeConfig
+    from t5x_lite.distributed import Options
     from t5x_lite.run_config import DataConfig
 
 
@@ -56,6 +57,58 @@ def keep_compiled_programs() -> None:
         root = os.environ.get("T5X_LITE_CACHE", "~/.cache/t5x_lite")
         jax.config.update("jax_compilation_cache_dir", f"{pathlib.Path(root).expanduser()}/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for `distributed.Options`: how the processes of a job find each other."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, which Cloud TPU, GKE, Slurm or Open MPI tells of; where "
+        "they do, it is found out without this flag",
+    )
+    parser.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="of process 0, said explicitly"
+    )
+    parser.add_argument("--num_processes", type=int, help="how many; 1: whatever is found, alone")
+    parser.add_argument("--process_id", type=int, help="which one this is, from 0")
+    parser.add_argument(
+        "--distributed_timeout",
+        type=float,
+        metavar="SECONDS",
+        default=45.0,
+        help="how long to wait for the other processes (default: %(default)g)",
+    )
+
+
+PROCESS_FLAGS = (
+    "distributed",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "distributed_timeout",
+)
+
+
+def process_options(arguments: argparse.Namespace) -> "Options":
+    """The flags of `add_process_flags`; UsageError if they cannot be."""
+    from t5x_lite.distributed import Options
+
+    return Options(
+        arguments.distributed,
+        arguments.coordinator_address,
+        arguments.num_processes,
+        arguments.process_id,
+        arguments.distributed_timeout,
+    )
+
+
+def shared_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that every process must have been given alike."""
+    return {f"--{k}": v for k, v in vars(arguments).items() if k not in PROCESS_FLAGS}
 
 
 # ---- decoding ------------------------------------------------------------------------------------

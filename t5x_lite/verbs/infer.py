@@ -3,11 +3,15 @@
 import dataclasses
 
 from t5x_lite.verbs.flags import (
+    PROCESS_FLAGS,
     add_decode_flags,
+    add_process_flags,
     decode_config,
     given,
     keep_compiled_programs,
     parser_of,
+    process_options,
+    shared_flags,
 )
 
 
@@ -54,20 +58,25 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--mesh", metavar="AXIS=N,...", help="like data=4,model=2; all along data by default"
     )
+    add_process_flags(parser)
     arguments = parser.parse_args(argv)
+    processes = process_options(arguments)
     from t5x_lite import setup
 
     with setup.without_native_notes():
-        from t5x_lite import infer
+        from t5x_lite import distributed, infer
     from t5x_lite.decoding import METHOD_OF, DecodeConfig
 
-    options = given(arguments, set(vars(arguments)) - {"method", "num_outputs", *METHOD_OF})
+    others = {"method", "num_outputs", *METHOD_OF, *PROCESS_FLAGS}
+    options = given(arguments, set(vars(arguments)) - others)
     decode = decode_config(arguments, DecodeConfig())
     options["decode"] = dataclasses.replace(decode, **given(arguments, ["num_outputs"]))
     if arguments.shard is not None:
         options["shard"] = infer.parse_shard(arguments.shard)
     if arguments.mesh is not None:
         options["mesh"] = infer.parse_mesh(arguments.mesh)
+    config = infer.InferConfig(**options)
     keep_compiled_programs()
-    infer.infer(infer.InferConfig(**options))
+    with distributed.joined(processes, shared_flags(arguments)):
+        infer.infer(config)
     return 0

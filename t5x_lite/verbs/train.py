@@ -1,7 +1,13 @@
 """`train`: a training run from gin files."""
 
 from t5x_lite.errors import UsageError
-from t5x_lite.verbs.flags import EXAMPLE_FILES, keep_compiled_programs, parser_of
+from t5x_lite.verbs.flags import (
+    EXAMPLE_FILES,
+    add_process_flags,
+    keep_compiled_programs,
+    parser_of,
+    process_options,
+)
 
 
 def run(argv: list[str]) -> int:
@@ -27,15 +33,18 @@ def run(argv: list[str]) -> int:
         action="store_true",
         help="resolve everything, build one batch, print parameters and shardings; train nothing",
     )
+    add_process_flags(parser)
     if any(flag in argv for flag in ("-h", "--help")):
         parser.parse_args(argv)
     from etils import epath
 
-    from t5x_lite import gin_utils, train
+    from t5x_lite import distributed, gin_utils, train
+    from t5x_lite.run_config import _flatten as flatten
     from t5x_lite.run_config import check_same_run
 
     bindings, rest = gin_utils.split_gin_flags(argv)
     arguments = parser.parse_args(rest)
+    processes = process_options(arguments)
     if not arguments.gin_file:
         raise UsageError(f"give --gin_file, for example {EXAMPLE_FILES}")
     if arguments.tfds_data_dir:
@@ -43,12 +52,16 @@ def run(argv: list[str]) -> int:
     paths = [path for path in arguments.gin_search_paths.split(",") if path]
     config, text = gin_utils.load_train_config(arguments.gin_file, bindings, paths)
 
-    saved = epath.Path(config.model_dir) / "config.gin"
-    if saved.exists():
-        check_same_run(gin_utils.read_saved(saved), config)
+    def check_saved() -> None:
+        saved = epath.Path(config.model_dir) / "config.gin"
+        if saved.exists():
+            check_same_run(gin_utils.read_saved(saved), config)
+
     keep_compiled_programs()
-    if arguments.dry_run:
-        train.dry_run(config)
-    else:
-        train.train(config, text)
+    with distributed.joined(processes, flatten(config), heeds_preemption=not arguments.dry_run):
+        distributed.from_process_0(check_saved)
+        if arguments.dry_run:
+            train.dry_run(config)
+        else:
+            train.train(config, text)
     return 0
