@@ -325,7 +325,7 @@ def eval_name(config: TrainConfig) -> str:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """What a resumed run must not change but does: "OptimizerConfig.learning_rate: 1.0 -> 0.1"."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     return [
         f"{name}: {before[name]!r} -> {after[name]!r}"
         for name in before
@@ -352,12 +352,13 @@ def _may_change(name: str) -> bool:
     return name in MAY_CHANGE or name.startswith("DecodeConfig.")
 
 
-def _flatten(config: Any) -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
+    """Every field of a configuration and of those in it: {"TrainConfig.train_steps": 1000}."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            flat |= _flatten(value)
+            flat |= flatten(value)
         else:
             flat[f"{type(config).__name__}.{field.name}"] = value
     return flat

@@ -272,6 +272,12 @@ def test_flags_that_cannot_be(tmp_path, capsys, flags, problem):
     assert problem in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["eval", "run"], ["infer", "run", "--output=o", "--task=t"]])
+def test_every_verb_that_computes_has_the_flags(capsys, command):
+    assert main([*command, "--num_processes=2", "--process_id=0"]) == 2
+    assert "--coordinator_address not given" in capsys.readouterr().err
+
+
 def test_a_pod_command_on_one_host_alone(environment, tmp_path, capsys):
     environment(TPU | {"TPU_WORKER_ID": "0"})
     began = time.monotonic()
@@ -317,7 +323,6 @@ with distributed.joined(distributed.Options(False, address, 2, me, 20.0), {"x": 
         check(lambda: distributed.from_process_0(lambda: fail(OSError("disk"))),
               OSError if me == 0 else Failure, "disk")
         run_files.check_shared(folder + "/shared")
-        assert os.listdir(folder + "/shared") == []
         run_files._SECONDS_TO_APPEAR = 0.5
         check(lambda: run_files.check_shared(f"{folder}/{me}"), UsageError,
               "is another directory on process 1 than on process 0")
@@ -358,6 +363,7 @@ def test_two_processes_decide_as_one(tmp_path):
         assert code == 0, error
         assert ("told once" in out) == (i == 0)
         assert out.endswith("left\n")
+    assert list((tmp_path / "shared").iterdir()) == []
 
 
 def test_an_error_on_one_process_ends_both(tmp_path):

@@ -33,10 +33,10 @@ class Memory:
       batch: the shards of the batch.
       padding: what the program's inputs take beyond these because of the shapes that the device
         stores, less what of the batch the program never reads.
-      temporaries: activations, gradients and the compiler's workspace, at their largest.
+      temporaries: activations, gradients and the compiler's workspace, where they and the outputs
+        that take no input's place are the most. The new state takes the old one's place.
       program: the compiled program itself.
-      peak: what the device must hold: all of the above, and outputs that take no input's place.
-        The new state takes the old one's, so it counts once.
+      peak: what the device must hold: all of the above.
     """
 
     parameters: int
@@ -207,7 +207,7 @@ def compile_step(config: TrainConfig, target: Target) -> Program:
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
         host_bytes=_peak_resident_bytes(),
-        memory=_memory(arguments, compiled.memory_analysis()),
+        memory=_memory(arguments, compiled.memory_analysis(), target),
         flops=Flops(
             model=model_flops(
                 config.model, config.data.batch_size, lengths["inputs"], lengths["targets"]
@@ -244,18 +244,25 @@ def _shard_bytes(tree: Any) -> int:
     )
 
 
-def _memory(arguments: Memory, analysis: Any) -> Memory:
+def _memory(arguments: Memory, analysis: Any, target: Target) -> Memory:
+    """Splits the compiler's figures.
+
+    XLA:TPU's `temp_size_in_bytes` is no bound: programs compile, and so fit, for which it is above
+    the chip's memory. `peak_memory_in_bytes`, of what is alive at the same time, inputs included,
+    stays below. XLA:CPU's does not count all temporaries.
+    """
     known = arguments.parameters + arguments.optimizer + arguments.batch
-    new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    inputs, alive = analysis.argument_size_in_bytes, analysis.peak_memory_in_bytes
+    if target.is_gpu:
+        new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        alive = inputs + new_outputs + analysis.temp_size_in_bytes
+    program = analysis.generated_code_size_in_bytes
     return dataclasses.replace(
         arguments,
-        padding=analysis.argument_size_in_bytes - known,
-        temporaries=analysis.temp_size_in_bytes,
-        program=analysis.generated_code_size_in_bytes,
-        peak=analysis.argument_size_in_bytes
-        + new_outputs
-        + analysis.temp_size_in_bytes
-        + analysis.generated_code_size_in_bytes,
+        padding=inputs - known,
+        temporaries=alive - inputs,
+        program=program,
+        peak=alive + program,
     )
 
 

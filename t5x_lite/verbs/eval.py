@@ -61,7 +61,7 @@ def run(argv: list[str]) -> int:
     processes = process_options(arguments)
     with setup.without_native_notes():
         from t5x_lite import distributed, evaluate_run
-    from t5x_lite.run_config import _flatten as flatten
+    from t5x_lite.run_config import flatten
 
     config = _run_config(arguments)
     evaluation = dataclasses.replace(

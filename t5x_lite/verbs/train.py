@@ -39,8 +39,7 @@ def run(argv: list[str]) -> int:
     from etils import epath
 
     from t5x_lite import distributed, gin_utils, train
-    from t5x_lite.run_config import _flatten as flatten
-    from t5x_lite.run_config import check_same_run
+    from t5x_lite.run_config import check_same_run, flatten
 
     bindings, rest = gin_utils.split_gin_flags(argv)
     arguments = parser.parse_args(rest)
