@@ -96,11 +96,7 @@ def evaluate_run(
             params = saved_run.load_params(run, step, partitioning)
             with bar.part(f"step {step}  loss", None):
                 losses = evaluate.evaluate_loss(
-                    programs.eval_step,
-                    params,
-                    opened.batches,
-                    opened.text_ids_V,
-                    partitioning,
+                    programs.eval_step, params, opened.batches, opened.text_ids_V, partitioning
                 )
             results.setdefault(opened.loss_series, {})[step] = losses
             for eval_task in opened.eval_tasks:
@@ -185,13 +181,17 @@ def _open(
 def _fit_devices(config: TrainConfig) -> tuple[TrainConfig, Partitioning]:
     """The run on the devices that there are, its batches in one piece.
 
-    The run's mesh where the devices are as many, else all of them along `data`.
+    Its own mesh where the devices are as many. Else parameters that were split stay so, over what
+    divides them: they may not fit on one device.
     """
-    fits = config.mesh is not None and math.prod(config.mesh.values()) == len(jax.devices())
+    count, mesh = len(jax.devices()), config.mesh
+    fits = mesh is not None and math.prod(mesh.values()) == count
+    if mesh is not None and not fits:
+        model = math.gcd(count, mesh.get("model", 1))
+        fsdp = math.gcd(count // model, config.model.d_model) if mesh.get("fsdp", 1) > 1 else 1
+        mesh = {"data": count // model // fsdp, "fsdp": fsdp, "model": model}
     partitioning = make_partitioning(
-        config.mesh if fits else None,
-        over_slices=config.dcn_mesh if fits else None,
-        rules=config.sharding_rules,
+        mesh, over_slices=config.dcn_mesh if fits else None, rules=config.sharding_rules
     )
     one_piece = dataclasses.replace(config.loss, num_microbatches=1)
     return dataclasses.replace(config, loss=one_piece), partitioning

@@ -163,7 +163,7 @@ def _chunk(
     hot = jax.nn.one_hot(targets, vocab_size, dtype=jnp.float32)
     d_logits = exps * slope - weights[..., None] * ((on - off) * hot + off)
     d_hidden = (d_logits @ kernel.T).astype(hidden.dtype)
-    d_kernel = jnp.einsum("bld,blv->dv", hidden32, d_logits)
+    d_kernel = lay_out(jnp.einsum("bld,blv->dv", hidden32, d_logits), "embed", "vocab")
     return sums, (d_hidden, d_kernel)
 
 

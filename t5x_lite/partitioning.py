@@ -180,7 +180,7 @@ class Partitioning:
           UsageError: two processes have some rows in common and others not.
         """
         if process is None:
-            process = jax.process_index()
+            return self._own_share
         batch_axes = self.mesh_axes("batch")
         sizes = [self.mesh.shape[axis] for axis in batch_axes]
         held: dict[int, set[int]] = {}
@@ -200,6 +200,10 @@ class Partitioning:
             )
         own = tuple(sorted(held[process]))
         return InputShare(shares.index(own), len(shares), own, num_shards)
+
+    @functools.cached_property
+    def _own_share(self) -> InputShare:
+        return self.input_share(jax.process_index())
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of this process's share, of each array, as part of one global array [B, L]."""
@@ -286,7 +290,7 @@ def make_partitioning(
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return Partitioning(mesh, _rules(rules or {}))
+    return Partitioning(mesh, make_rules(rules or {}))
 
 
 def _sizes(macro: str, shape: Mapping[str, int]) -> tuple[int, ...]:
@@ -328,8 +332,8 @@ def _slices(
     return tuple(across)
 
 
-def _rules(changes: Mapping[str, Rule]) -> tuple[tuple[str, Rule], ...]:
-    """LOGICAL_TO_MESH with the changes."""
+def make_rules(changes: Mapping[str, Rule]) -> tuple[tuple[str, Rule], ...]:
+    """The items of LOGICAL_TO_MESH with the changes; UsageError if they name an unknown axis."""
     table = dict(LOGICAL_TO_MESH)
     for name, rule in changes.items():
         if name not in table:

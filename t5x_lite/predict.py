@@ -16,6 +16,7 @@ from t5x_lite.errors import UsageError
 from t5x_lite.models import cached, t5
 from t5x_lite.models.config import T5Config
 from t5x_lite.partitioning import Partitioning
+from t5x_lite.step import num_chunks
 
 _SMALLEST_BUCKET = 8
 
@@ -240,12 +241,12 @@ def _score(
     config: T5Config, partitioning: Partitioning, params: Any, batch: dict[str, Array]
 ) -> Array:
     targets, lengths = batch["targets"], batch["lengths"]
-    rows, length = targets.shape
+    length = targets.shape[1]
     model_batch = {
         "encoder_input_tokens": batch["tokens"],
         "decoder_input_tokens": jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
     }
-    chunks = losses.num_chunks(length, rows // partitioning.num_batch_shards, config.vocab_size)
+    chunks = num_chunks(config, partitioning, targets)
     kernel = t5.output_kernel(config, params)
     with partitioning.of_activations():
         hidden = t5.hidden_states(config, params, model_batch)

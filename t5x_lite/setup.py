@@ -157,7 +157,7 @@ def make_programs(
     scalar: Any = ()
     state_axes = step.TrainState(scalar, axes, opt_axes)
     partitioning.check_divisible(shapes, state_axes)
-    _check_activations(config, partitioning)
+    check_activations(config, partitioning)
     shardings = partitioning.shardings(state_axes)
     abstract_state = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
@@ -196,7 +196,7 @@ def make_programs(
     )
 
 
-def _check_activations(config: TrainConfig, partitioning: Partitioning) -> None:
+def check_activations(config: TrainConfig, partitioning: Partitioning) -> None:
     """Raises UsageError if what the model lays out cannot be split evenly."""
     model = config.model
     sizes = {

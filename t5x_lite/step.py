@@ -124,7 +124,7 @@ def train_step(
                 rows["decoder_loss_weights"],
                 z_loss=loss_config.z_loss,
                 label_smoothing=loss_config.label_smoothing,
-                chunks=_num_chunks(model, partitioning, rows),
+                chunks=num_chunks(model, partitioning, rows["decoder_target_tokens"]),
             )
 
     param_shardings = partitioning.shardings(t5.logical_axes(model))
@@ -156,9 +156,9 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), scalars
 
 
-def _num_chunks(model: T5Config, partitioning: Partitioning, rows: Batch) -> int:
+def num_chunks(model: T5Config, partitioning: Partitioning, targets_BxL: Array) -> int:
     """Pieces of the length such that a piece's logits are small on a device."""
-    batch_size, length = rows["decoder_target_tokens"].shape
+    batch_size, length = targets_BxL.shape
     rows_per_device = -(-batch_size // partitioning.num_batch_shards)
     vocab_per_device = -(-model.vocab_size // partitioning.num_parts("activation_vocab"))
     return losses.num_chunks(length, rows_per_device, vocab_per_device)
@@ -207,7 +207,7 @@ def eval_step(
             t5.hidden_states(model, params, batch),
             t5.output_kernel(model, params),
             targets,
-            chunks=_num_chunks(model, partitioning, batch),
+            chunks=num_chunks(model, partitioning, targets),
         )
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
     text = weights * text_ids_V[targets]

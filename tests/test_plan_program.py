@@ -134,7 +134,7 @@ def test_tpus() -> None:
     assert not any(c["crosses_slices"] for c in found["collectives"])
 
 
-# In the words of libtpu 0.0.42.
+# The first was seen with libtpu 0.0.42; the second is what its users report of others.
 EARLY = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(21.50G) exceeds available HBM (15.75G)."
