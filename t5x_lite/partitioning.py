@@ -42,6 +42,7 @@ LOGICAL_TO_MESH: dict[str, Rule] = {
     "relpos_buckets": None,
     # of the batch and of what is computed from it
     "batch": ("data", "fsdp"),
+    "lookup_batch": "data",  # while rows of the embedding are looked up, which "embed" splits
     "length": None,
     "activation_embed": None,
     "activation_heads": "model",
@@ -58,6 +59,7 @@ _SIZED_BY = {
     "mlp": "T5Config.d_ff",
     "relpos_buckets": "T5Config.relative_attention_num_buckets",
     "batch": "BATCH_SIZE",
+    "lookup_batch": "BATCH_SIZE",
     "length": "TASK_FEATURE_LENGTHS",
 }
 

@@ -52,8 +52,11 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        embedding_VxD = gather(self.embedding[...], ("vocab", "embed"))
-        return _residual(embedding_VxD[tokens_BxL].astype(self.dtype))
+        # Where "embed" is split, each device looks up its part of the ids of all that share the table
+        # with it; then they exchange what was found, which is less than the table.
+        tokens_BxL = lay_out(tokens_BxL, "lookup_batch", "length")
+        found_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
+        return _residual(lay_out(found_BxLxD, "lookup_batch", "length", "embed"))
 
 
 class LogitsDense(Dense):
