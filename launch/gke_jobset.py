@@ -73,14 +73,16 @@ def render(args: argparse.Namespace) -> str:
 
 def node_pool_commands(name: str, target: TpuTarget) -> list[str]:
     """The gcloud commands that make a node pool for each slice, with CLUSTER to be filled in."""
+    # The API refuses a topology for one host: its machine type says it.
+    topology = [f"--tpu-topology={target.topology}"] if target.hosts_per_slice > 1 else []
     return [
         shlex.join(
             [
                 *("gcloud", "container", "node-pools", "create", f"{name}-{i}"),
                 *("--cluster=CLUSTER", "--location=REGION", "--node-locations=ZONE"),
-                f"--machine-type={target.generation.gke_machine_type}",
+                f"--machine-type={target.gke_machine_type}",
                 f"--num-nodes={target.hosts_per_slice}",
-                f"--tpu-topology={target.topology}",
+                *topology,
             ]
         )
         for i in range(target.num_slices)

@@ -11,35 +11,53 @@ import re
 
 CHIPS_PER_HOST = 4  # of every slice of more than one chip, on the machine types named below
 
+# Slices as Google Cloud's documentation of each chip lists them; t5x_lite/plan/targets.py has the
+# same list, and importing it from there would bring JAX to where no more than gcloud is needed.
+_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """One kind of chip.
 
     Attributes:
-      num_dimensions: of a topology, 4x4 or 4x4x4.
+      topologies: those of its slices that are not made of cubes of 4x4x4.
+      max_chips: of a slice made of such cubes; 0 if there is none.
       accelerator_type: first half of the accelerator type, "v5p" of "v5p-16".
       cores_per_chip: what the second half counts: cores (2 a chip) on v4 and v5p, else chips.
       runtime_version: the software of a TPU VM that JAX is installed on.
       gke_accelerator: GKE's node label cloud.google.com/gke-tpu-accelerator.
-      gke_machine_type: of a host with CHIPS_PER_HOST chips.
+      gke_machine_family: GKE's machine type without the number of chips, "ct5p-hightpu" of
+        "ct5p-hightpu-4t".
     """
 
-    num_dimensions: int
+    topologies: tuple[str, ...]
+    max_chips: int
     accelerator_type: str
     cores_per_chip: int
     runtime_version: str
     gke_accelerator: str
-    gke_machine_type: str
+    gke_machine_family: str
 
 
 GENERATIONS = {
-    "v4": Generation(3, "v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu-4t"),
-    "v5e": Generation(
-        2, "v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"
+    "v4": Generation(
+        *(_BELOW_A_CUBE, 4096, "v4", 2),
+        *("tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu"),
     ),
-    "v5p": Generation(3, "v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t"),
-    "v6e": Generation(2, "v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t"),
+    "v5e": Generation(
+        *(_PLANES, 0, "v5litepod", 1),
+        *("v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu"),
+    ),
+    "v5p": Generation(
+        *(_BELOW_A_CUBE, 6144, "v5p", 2),
+        *("v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu"),
+    ),
+    "v6e": Generation(
+        *(_PLANES, 0, "v6e", 1),
+        *("v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard"),
+    ),
 }
 
 
@@ -69,26 +87,42 @@ class TpuTarget:
         size = self.chips_per_slice * self.generation.cores_per_chip
         return f"{self.generation.accelerator_type}-{size}"
 
+    @property
+    def gke_machine_type(self) -> str:
+        """GKE's name of one host."""
+        return f"{self.generation.gke_machine_family}-{self.chips_per_host}t"
+
 
 def parse_target(text: str) -> TpuTarget:
     """Reads "v5e:16x16" or "2xv5e:16x16", as `python -m t5x_lite plan --target` does.
 
     Raises:
-      argparse.ArgumentTypeError: no such chip, or a topology that cannot be one of its slices.
+      argparse.ArgumentTypeError: no such chip, or no slice of it has this topology.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)", text)
-    if not found or found[2] not in GENERATIONS:
-        chips = ", ".join(GENERATIONS)
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", text.strip().lower())
+    chips = ", ".join(GENERATIONS)
+    if not found:
         raise argparse.ArgumentTypeError(
             f"{text!r}: write CHIP:TOPOLOGY, or NxCHIP:TOPOLOGY for N slices, as in v5e:16x16 or "
             f"2xv5e:16x16; the chips are {chips}"
         )
-    target = TpuTarget(GENERATIONS[found[2]], found[3], int(found[1] or 1))
-    example = "x".join("4" * target.generation.num_dimensions)
-    if target.topology.count("x") != target.generation.num_dimensions - 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a topology of {found[2]} is like {example}")
-    if target.num_slices < 1 or target.chips_per_slice not in (1, *range(4, 2**16, 4)):
+    chip, sizes = found[2], [int(size) for size in found[3].split("x")]
+    if chip not in GENERATIONS:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: a slice has 1 chip or hosts of {CHIPS_PER_HOST}, as {example} has"
+            f"{text!r}: nothing here starts a run on {chip}, although `plan` knows more chips; "
+            f"the chips are {chips}"
+        )
+    target = TpuTarget(GENERATIONS[chip], "x".join(map(str, sizes)), int(found[1] or 1))
+    if target.num_slices < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: ask for at least 1 slice")
+    topologies, max_chips = target.generation.topologies, target.generation.max_chips
+    of_cubes = len(sizes) == 3 and not any(size % 4 for size in sizes)
+    if target.topology not in topologies and not (
+        of_cubes and 0 < target.chips_per_slice <= max_chips
+    ):
+        cubes = f", and multiples of 4x4x4 up to {max_chips} chips" if max_chips else ""
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {chip} has no slice of {target.topology}; there are "
+            f"{', '.join(topologies)}{cubes}"
         )
     return target

@@ -40,6 +40,7 @@ USAGE_ERROR = 2  # t5x_lite's exit code for a command that cannot work: no use t
 ALREADY_RUNNING = 75  # flock's exit code here
 # So many failures in a row that no pre-emption explains, each within this time, and `run` gives up.
 MAX_QUICK_FAILURES, QUICK_SECONDS = 5, 1800
+MAX_FAILED_REQUESTS = 5  # requests for a TPU that end as FAILED, with never a TPU in between
 
 # JAX needs a newer Python than the TPU VMs have. With large pages libtpu starts faster.
 INSTALL = """\
@@ -111,17 +112,32 @@ class Tpu:
         self._execute(self._gcloud("queued-resources", "delete", self.name, "--force", "--quiet"))
 
     def wait_until_active(self) -> None:
-        """Asks for the TPU if there is none, or none any more, and waits."""
+        """Asks for the TPU if there is none, or none any more, and waits.
+
+        Exits when MAX_FAILED_REQUESTS have FAILED: then it is more than a shortage that passes.
+        """
         shown: str | None = ""
+        num_failed = 0
         while (state := self.state(PATIENCE)) != "ACTIVE":
             if state != shown:
                 _say(f"{self.name} is {state or 'not there'}")
                 shown = state
+            if state == "FAILED":
+                num_failed += 1
+                self._show_why()
+                if num_failed == MAX_FAILED_REQUESTS:
+                    _say(f"gave up: {num_failed} requests for {self.name} failed, see above why")
+                    sys.exit(1)
             if state in GONE:
                 self.delete()
             if state in GONE or state is None:
                 self.create()
             time.sleep(POLL_SECONDS)
+
+    def _show_why(self) -> None:
+        """Prints what gcloud knows of the state, as long as the queued resource is there."""
+        command = self._gcloud("queued-resources", "describe", self.name, "--format=yaml(state)")
+        subprocess.run(command, stdout=sys.stderr, check=False)
 
     def install(self) -> int:
         """Copies the checkout to all hosts and installs it there; the exit code."""

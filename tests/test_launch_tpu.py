@@ -1,6 +1,8 @@
 """launch/ on Cloud TPU and GKE: dry runs against the expected command lines, the loop of tpu_vm.py
 against a program that only looks like gcloud, the manifest field by field."""
 
+import argparse
+import itertools
 import shlex
 import shutil
 import signal
@@ -11,6 +13,9 @@ import uuid
 import pytest
 import yaml
 from launchers import answers, calls, done, launch, refusal, shown, stand_ins
+
+from t5x_lite.errors import UsageError
+from t5x_lite.plan.targets import parse_target as plan_target
 
 __all__ = ["launch", "stand_ins"]  # fixtures
 
@@ -85,14 +90,45 @@ def test_tpu_dry_run_of_several_slices():
     [
         ("v5:16x16", "the chips are v4, v5e, v5p, v6e"),
         ("v5e", "write CHIP:TOPOLOGY"),
-        ("v5e:4x4x4", "a topology of v5e is like 4x4"),
-        ("v5p:16x16", "a topology of v5p is like 4x4x4"),
-        ("v5e:3x3", "hosts of 4"),
-        ("0xv5e:4x4", "hosts of 4"),
+        ("tpu7x:4x4x4", "nothing here starts a run on tpu7x, although `plan` knows more chips"),
+        ("v5e:4x4x4", "v5e has no slice of 4x4x4; there are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16,"),
+        ("v5p:16x16", "there are 2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples of 4x4x4 up to 6144"),
+        ("v5e:3x4", "v5e has no slice of 3x4"),
+        ("v4:1x1x1", "v4 has no slice of 1x1x1"),
+        ("0xv5e:4x4", "at least 1 slice"),
     ],
 )
 def test_tpu_target_refused(target, expected):
     assert expected in refusal("tpu_vm.py", "create", *PLACE, f"--target={target}")
+
+
+def test_tpu_targets_are_those_of_plan(launch):
+    """Topologies of all dimensions, and odd ways to write: both take it, alike, or neither does."""
+    parse, chips = launch("tpu_target").parse_target, launch("tpu_target").GENERATIONS
+    sizes = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    topologies = [
+        "x".join(map(str, shape)) for n in (1, 2, 3) for shape in itertools.product(sizes, repeat=n)
+    ]
+    texts = [f"{chip}:{topology}" for chip in chips for topology in topologies]
+    texts += ["V5E:2x4", "2xv6e:16x16", "2XV5P:4x4x4", " v4:2x2x1 ", "v5e:04x4", "0xv5e:4x4"]
+    texts += ["", "v5e", "v5e:", "v5e:4,4", "v5:4x4", "v5e:-4x4", "x2v5e:4x4", "2x2xv5e:4x4"]
+    texts += ["v5p:16x16x24", "v5p:16x20x20", "v4:4x4x256", "v4:4x4x260"]
+    taken = set()
+    for text in texts:
+        try:
+            planned = plan_target(text)
+        except UsageError:
+            with pytest.raises(argparse.ArgumentTypeError):
+                parse(text)
+            continue
+        target = parse(text)
+        assert target.generation is chips[planned.kind]
+        assert target.topology == "x".join(map(str, planned.topology))
+        assert target.num_slices == planned.num_slices
+        taken.add(text)
+    assert {"V5E:2x4", "v5e:16x16", "v4:4x4x256", "v5p:8x4x12"} <= taken
+    refused = ("v5e:3x4", "v5e:16x32", "v5p:2x2x3", "v5p:4x4x6", "v4:1x1x1", "v4:4x4x260")
+    assert taken.isdisjoint(refused)
 
 
 @pytest.fixture
@@ -199,6 +235,38 @@ def test_tpu_run_ends_when_the_tpu_is_refused(launch, tpu, stand_ins):
         launch("tpu_vm").run(tpu, ["train"])
     assert exit.value.code == 7
     assert told(stand_ins) == ["create"]
+
+
+def test_tpu_run_gives_up_when_requests_fail_and_fail(launch, tpu, stand_ins, capfd):
+    answers(
+        stand_ins,
+        {
+            "queued-resources list": "0 xl\tFAILED",
+            "queued-resources describe xl --format=yaml(state)": "0 no quota for v9 in z",
+        },
+    )
+    with pytest.raises(SystemExit) as exit:
+        launch("tpu_vm").run(tpu, ["train"])
+    assert exit.value.code == 1
+    assert told(stand_ins) == ["delete", "create"] * 4
+    said = capfd.readouterr().err
+    assert said.count("no quota for v9 in z") == 5 and "gave up: 5 requests" in said
+
+
+def test_tpu_run_bears_with_requests_that_fail_now_and_then(launch, tpu, stand_ins):
+    """Four FAILED before a TPU is there, and after it is taken away four more."""
+    states = ["ACTIVE", *["FAILED"] * 4, "ACTIVE", *["FAILED"] * 5, "ACTIVE"]
+    answers(
+        stand_ins,
+        {
+            "queued-resources list": "\n".join(f"0 xl\t{state}" for state in states),
+            "tpu-vm list": "0 xl\tREADY",
+            "t5x_lite train": "255 connection lost\n0 done",
+        },
+    )
+    assert launch("tpu_vm").run(tpu, ["train"]) == 0
+    again = ["delete", "create"] * 4
+    assert told(stand_ins) == [*again, *WHOLE, *again, *WHOLE]
 
 
 @pytest.mark.skipif(not shutil.which("pkill"), reason="no pkill here")
@@ -324,11 +392,23 @@ def test_gke_dollars_are_the_programs_own():
     assert command[4] == "--gin.A='$$(HOME) $$1'"
 
 
-def test_gke_node_pools():
-    lines = shown("gke_jobset.py", "--name=xl", "--target=2xv5p:4x4x4", "--node_pools")
+@pytest.mark.parametrize(
+    ("target", "machine_type", "nodes", "topology"),
+    [
+        ("v5p:4x4x4", "ct5p-hightpu-4t", 16, " --tpu-topology=4x4x4"),
+        ("v4:2x2x1", "ct4p-hightpu-4t", 1, ""),
+        ("v5e:1x1", "ct5lp-hightpu-1t", 1, ""),
+        ("v5e:2x4", "ct5lp-hightpu-4t", 2, " --tpu-topology=2x4"),
+        ("v6e:1x1", "ct6e-standard-1t", 1, ""),
+        ("v6e:16x16", "ct6e-standard-4t", 64, " --tpu-topology=16x16"),
+    ],
+)
+def test_gke_node_pools(target, machine_type, nodes, topology):
+    lines = shown("gke_jobset.py", "--name=xl", f"--target=2x{target}", "--node_pools")
     assert lines == [
         f"gcloud container node-pools create xl-{i} --cluster=CLUSTER --location=REGION "
-        "--node-locations=ZONE --machine-type=ct5p-hightpu-4t --num-nodes=16 --tpu-topology=4x4x4"
+        f"--node-locations=ZONE --machine-type={machine_type} --num-nodes={nodes}"
+        f"{topology}"
         for i in range(2)
     ]
 

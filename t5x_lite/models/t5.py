@@ -52,8 +52,8 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        # Where "embed" is split, each device looks up its part of the ids of all that share the table
-        # with it; then they exchange what was found, which is less than the table.
+        # Where "embed" is split, each device looks up its columns for the ids of all devices that
+        # share a table; then they exchange what was found, which is less than the table.
         tokens_BxL = lay_out(tokens_BxL, "lookup_batch", "length")
         found_BxLxD = self.embedding[...][tokens_BxL].astype(self.dtype)
         return _residual(lay_out(found_BxLxD, "lookup_batch", "length", "embed"))
