@@ -138,7 +138,8 @@ class Partitioning:
             for mesh_axis in mesh_axes:
                 if mesh_axis in used:
                     raise UsageError(
-                        f"the axes {axes} of one array both lie on the mesh axis {mesh_axis!r}"
+                        f"{name!r} and another of the axes {axes} of one array both lie on the "
+                        f"mesh axis {mesh_axis!r}: SHARDING_RULES may put one of them there"
                     )
                 used.append(mesh_axis)
             entries.append(mesh_axes if len(mesh_axes) > 1 else next(iter(mesh_axes), None))
@@ -250,8 +251,8 @@ class Partitioning:
         return (
             f"axis {name!r} of size {size} does not divide over "
             f"{' x '.join(f'{axis} {self.mesh.shape[axis]}' for axis in self.mesh_axes(name))} of "
-            f"MESH: make that {', '.join(divisors)} or another divisor, or {sized_by} such that "
-            f"it is {-(-size // parts) * parts}"
+            f"MESH: let that be {' or '.join(divisors)}, or another divisor of {size}, or let "
+            f"{sized_by} make it {-(-size // parts) * parts}"
         )
 
 
@@ -280,7 +281,8 @@ def make_partitioning(
     sizes = _sizes("MESH", shape)
     if math.prod(sizes) != len(devices):
         raise UsageError(
-            f"MESH = {_shown(shape)} is {math.prod(sizes)} devices, but there are {len(devices)}"
+            f"MESH = {_shown(shape)} is {math.prod(sizes)} devices, but there are {len(devices)}: "
+            f"let the product be that, like {{'fsdp': {len(devices)}}}"
         )
     num_slices = len({getattr(d, "slice_index", None) for d in devices})
     across = _slices(shape, sizes, over_slices, num_slices)
@@ -323,7 +325,7 @@ def _slices(
     if math.prod(across) != num_slices:
         raise UsageError(
             f"DCN_MESH = {_shown(over_slices)} is {math.prod(across)} slices, but there are "
-            f"{num_slices}"
+            f"{num_slices}: let the product be that, or leave it out"
         )
     for axis, size, n in zip(MESH_AXES, sizes, across, strict=True):
         if size % n:
@@ -351,7 +353,7 @@ def make_rules(changes: Mapping[str, Rule]) -> tuple[tuple[str, Rule], ...]:
 
 
 def _shown(shape: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {n}" for axis, n in shape.items())
+    return str(dict(shape))
 
 
 def describe(abstract_state: Any, axes_tree: Any) -> list[str]:

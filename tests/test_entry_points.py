@@ -65,7 +65,7 @@ def test_arguments_that_are_wrong(capfd, argv, expected):
         ({"T5Config.d_modell": 4}, "did you mean 'd_model'"),
         ({"BATCH_SIZE": 0}, "BATCH_SIZE = 0: must be an integer of at least 1"),
         ({"BATCH_SIZE": 4, "NUM_MICROBATCHES": 3}, "3 microbatches; use a multiple of 3"),
-        ({"MESH": {"data": 3}}, "MESH = data 3 is 3 devices, but there are"),
+        ({"MESH": {"data": 3}}, "MESH = {'data': 3} is 3 devices, but there are"),
         ({"MESH": {"dta": 1}}, "MESH has no axis 'dta'"),
         ({"TASK_FEATURE_LENGTHS": {"inputs": 0, "targets": 9}}, "['inputs'] = 0: must be"),
         ({"TASK_FEATURE_LENGTHS": {}}, "TASK_FEATURE_LENGTHS = {}: give tokens"),

@@ -84,9 +84,12 @@ def test_mesh_of_all_devices():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": {"data": 4, "model": 2}}, "MESH = data 4 x model 2 is 8 devices, but there are"),
+        (
+            {"shape": {"data": 4, "model": 2}},
+            "MESH = {'data': 4, 'model': 2} is 8 devices, but there are 1: let the product",
+        ),
         ({"shape": {"models": 1}}, "MESH has no axis 'models'; did you mean 'model'"),
-        ({"over_slices": {"fsdp": 2}}, "DCN_MESH = fsdp 2 is 2 slices, but there are 1"),
+        ({"over_slices": {"fsdp": 2}}, "DCN_MESH = {'fsdp': 2} is 2 slices, but there are 1: "),
         ({"over_slices": {"fsdb": 1}}, "DCN_MESH has no axis 'fsdb'; did you mean 'fsdp'"),
         ({"rules": {"embedd": None}}, "SHARDING_RULES has no axis 'embedd'; did you mean 'embed'"),
         (
@@ -162,7 +165,9 @@ def test_slices_lie_along_one_axis(shape, over_slices, axis):
 
 
 def test_slices_that_do_not_divide_are_refused():
-    with pytest.raises(UsageError, match="MESH = model 9 does not divide over 3 slices: let data"):
+    with pytest.raises(
+        UsageError, match=r"MESH = {'model': 9} does not divide over 3 slices: let data"
+    ):
         make_partitioning({"model": 9}, devices=sliced(3, 3))
     with pytest.raises(UsageError, match="data 4 of MESH does not divide over 3 slices"):
         make_partitioning({"data": 4, "fsdp": 3}, over_slices={"data": 3}, devices=sliced(3, 4))
@@ -325,7 +330,7 @@ def test_bytes_on_a_device(name, shape):
         ("vocab_size", 63, "vocab", "model 2", "1", 64),
         ("num_heads", 3, "heads", "model 2", "1", 4),
         ("d_ff", 33, "mlp", "model 2", "1", 34),
-        ("d_model", 18, "embed", "fsdp 4", "1, 2, 3", 20),
+        ("d_model", 18, "embed", "fsdp 4", "1 or 2 or 3", 20),
     ],
 )
 def test_axis_that_does_not_divide_is_named(field, size, axis, over, would, next_size):
@@ -333,8 +338,10 @@ def test_axis_that_does_not_divide_is_named(field, size, axis, over, would, next
     with pytest.raises(UsageError) as e:
         TWO_D.check_divisible(*abstract_state(optimizers.OptimizerConfig(), config))
     assert f"{axis!r} of size {size} does not divide over {over} of MESH: " in str(e.value)
-    assert f"make that {would} or another divisor, or T5Config.{field} " in str(e.value)
-    assert str(e.value).endswith(f" such that it is {next_size}")
+    assert f"let that be {would}, or another divisor of {size}, or let T5Config.{field} " in str(
+        e.value
+    )
+    assert str(e.value).endswith(f" make it {next_size}")
 
 
 def test_layers_that_do_not_divide_are_refused():
