@@ -118,6 +118,7 @@ def test_a_run_that_a_tpu_has_no_room_for(tmp_path):
         ([], "give --gin_file and --target"),
         (["--target=v5e:3x3"], "v5e has no slice of 3x3; known: "),
         (["--target=h100:1", "--gin.MESH={'fsdp': 2}"], "is 2 devices, but there are 1"),
+        (["--target=h100:1", "--json=no/such/plan.json"], "--json=no/such/plan.json: cannot be"),
         (["--target=h100:1", "--pue=0.5"], "--pue=0.5: must be at least 1"),
         (["--target=h100:1", "--search", "--max_compiles=0"], "--max_compiles=0: must be"),
         (["--target=h100:1", "--gin.TRAIN_STEPS=%gin.REQUIRED"], "TRAIN_STEPS must be given"),

@@ -10,7 +10,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.optimizers import OptimizerConfig
 from t5x_lite.plan import cost
 from t5x_lite.plan.chips import GIB, Figure, chip_of
-from t5x_lite.plan.program import Collective, Flops, Memory, Program
+from t5x_lite.plan.program import Collective, DoesNotFit, Flops, Memory, Program
 from t5x_lite.plan.targets import parse_target
 from t5x_lite.run_config import DataConfig, TrainConfig
 from t5x_lite.step import LossConfig
@@ -35,9 +35,9 @@ MEMORY = Memory(
 )
 
 
-def collective(kind="all-reduce", group_size=16, crosses=False, link_bytes=10**9) -> Collective:
+def collective(kind="all-reduce", group_size=16, slices=1, link_bytes=10**9) -> Collective:
     return Collective(
-        kind, ("data",), group_size, crosses, 1, 1, link_bytes, link_bytes, link_bytes, ""
+        kind, ("data",), group_size, slices, 1, 1, link_bytes, link_bytes, link_bytes, ""
     )
 
 
@@ -99,17 +99,27 @@ def test_what_crosses_between_slices(kind, slices, size):
     rounds = 2 if kind == "all-reduce" else 1
     sent = rounds * (within + across)
     assert sent == pytest.approx(rounds * (size - 1) / size)  # no more than in one ring
-    share = cost.dcn_share(collective(kind, size, crosses=True), slices)
+    share = cost.dcn_share(collective(kind, size, slices))
     assert share * sent == pytest.approx(rounds * across)
 
 
 def test_the_network_between_slices_is_a_term_of_its_own():
     target, chip = parse_target("2xv5e:4x4"), chip_of("v5e")
-    crossing = collective(group_size=32, crosses=True, link_bytes=31 * 10**9)
+    crossing = collective(group_size=32, slices=2, link_bytes=31 * 10**9)
     least = cost.bound(program(collectives=(crossing, collective())), target, chip)
     assert least.dcn == pytest.approx(1e9 / chip.dcn_bandwidth.value)
     assert least.links == pytest.approx(31e9 / (2 * 50e9))
-    assert cost.dcn_share(collective(crosses=False), 2) == 0
+    assert cost.dcn_share(collective(slices=1)) == 0
+
+
+def test_groups_over_two_of_four_slices():
+    """Eight devices on two slices: an all-gather of 8 bytes sends 7. Each device first has the byte
+    of its counterpart (1 over the network), then those of the three others of its slice (6)."""
+    target, chip = parse_target("4xv5e:4x4"), chip_of("v5e")
+    crossing = collective("all-gather", 8, slices=2, link_bytes=7 * 10**9)
+    least = cost.bound(program(collectives=(crossing,)), target, chip)
+    assert least.dcn == pytest.approx(1e9 / chip.dcn_bandwidth.value)
+    assert least.links == pytest.approx(6e9 / (2 * 50e9))
 
 
 # ---- what a run costs ----------------------------------------------------------------------------
@@ -179,8 +189,8 @@ def test_it_fits():
             CONFIG,
             (
                 "does not fit: 33.0 GiB of 15.8 GiB; temporaries (activations, gradients, "
-                "workspace) dominate (30.0 GiB): more microbatches (NUM_MICROBATCHES = 2), "
-                "T5Config.remat_policy = 'full', fsdp or model in MESH instead of data or more "
+                "workspace) dominate (30.0 GiB): more microbatches than NUM_MICROBATCHES = 2; "
+                "T5Config.remat_policy = 'full'; fsdp or model in MESH instead of data; or more "
                 "chips"
             ),
         ),
@@ -189,7 +199,7 @@ def test_it_fits():
             CONFIG,
             (
                 "does not fit: 26.0 GiB of 15.8 GiB; parameters dominate (20.0 GiB): fsdp or model "
-                "in MESH instead of data or more chips"
+                "in MESH instead of data; or more chips"
             ),
         ),
         (
@@ -206,3 +216,20 @@ def test_it_fits():
 def test_it_does_not_fit(memory, config, expected):
     fit = cost.fit(memory, config, parse_target("v5e:4x4"), chip_of("v5e"))
     assert not fit.fits and fit.sentence == expected
+
+
+def test_what_the_compiler_refuses():
+    """It knows what is available; where it does not say what is needed, its words stand alone."""
+    target, chip = parse_target("v5e:4x4"), chip_of("v5e")
+    memory = dataclasses.replace(MEMORY, temporaries=12 * GIB, peak=15 * GIB + GIB // 8)
+    error = DoesNotFit("too much of it", memory, 15 * GIB, 1.0)
+    fit = cost.fit(memory, CONFIG, target, chip, refused=error)
+    assert not fit.fits and fit.usable_bytes == 15 * GIB
+    assert fit.sentence.startswith("does not fit: 15.1 GiB of 15.0 GiB; temporaries")
+    memory = dataclasses.replace(MEMORY, temporaries=0, peak=3 * GIB)
+    error = DoesNotFit("too much of it", memory, 0, 1.0)
+    fit = cost.fit(memory, CONFIG, target, chip, refused=error)
+    assert not fit.fits
+    assert fit.sentence.startswith(
+        "does not fit: the compiler refuses: too much of it: more microbatches than"
+    )

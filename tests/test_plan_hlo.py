@@ -167,7 +167,74 @@ def test_what_a_tpu_compiler_spreads_over_fusions_counts_once() -> None:
         assert groups.mesh_axes(mesh) == axes
         assert groups.size(mesh) == (2 if transfer.kind == "reduce-scatter" else 4)
         # Slices of four devices: the first half of `data`, and the second.
-        assert groups.crosses([0] * 4 + [1] * 4) == (axes == ("data",))
+        assert groups.num_slices([0] * 4 + [1] * 4) == (2 if axes == ("data",) else 1)
+
+
+# What XLA:TPU makes of sums and a permutation over four slices of two devices, in a loop.
+SLICES = """HloModule slices, is_scheduled=true
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %token = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="psum.1_0"}
+  %send = (f32[4,8]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3,4}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}, backend_config={"flag_configs":[]}
+  %recv = (f32[4,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3,4}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}, backend_config={"flag_configs":[]}
+  %recv-done = (f32[4,8]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  %sum = f32[4,8]{1,0} get-tuple-element(%recv-done), index=0
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %out = (s32[], f32[4,8]{1,0}) tuple(%next, %sum)
+}
+
+%condition (q: (s32[], f32[4,8])) -> pred[] {
+  %q = (s32[], f32[4,8]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %three = s32[] constant(3)
+  ROOT %compare = pred[] compare(%j, %three), direction=LT
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[8,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %tuple = (s32[], f32[4,8]{1,0}) tuple(%zero, %a)
+  %while = (s32[], f32[4,8]{1,0}) while(%tuple), condition=%condition, body=%body
+  %y = f32[4,8]{1,0} get-tuple-element(%while), index=1
+  %token.1 = token[] after-all()
+  %send.1 = (f32[4,8]{1,0}, u32[], token[]) send(%y, %token.1), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all_gather.3_0",_xla_megascale_target={{100000,300000},{100001,300001},{200000,400000},{200001,400001}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv.1 = (f32[8,8]{1,0}, u32[], token[]) recv(%token.1), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target={{100000,300000},{100001,300001},{200000,400000},{200001,400001}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.2 = (f32[4,8]{1,0}, u32[], token[]) send(%y, %token.1), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_megascale_target={{100000->200000},{200000->100000},{100001->200001},{200001->100001}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %send.3 = (f32[4,8]{1,0}, u32[], token[]) send(%y, %token.1), channel_id=8, is_host_transfer=true
+  %recv-done.1 = (f32[8,8]{1,0}, token[]) recv-done(%recv.1), channel_id=3, is_host_transfer=true
+  ROOT %result = f32[8,8]{1,0} get-tuple-element(%recv-done.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_is_sent_between_slices() -> None:
+    """Four slices of two devices, of which JAX's ids tell; the last `send` is to the host."""
+    work = work_of(SLICES)
+    size = 4 * 8 * 4
+    assert _by_kind(work) == {
+        "all-reduce": (3, size),
+        "all-gather": (1, size),
+        "collective-permute": (1, size),
+    }
+    mesh = {"data": 2, "fsdp": 2, "model": 2}
+    ids = [100000, 100001, 200000, 200001, 300000, 300001, 400000, 400001]
+    slice_of = [0, 0, 1, 1, 2, 2, 3, 3]
+    found = {}
+    for transfer in work.transfers:
+        groups = collectives.groups_between_slices(transfer.instruction, ids, slice_of)
+        found[transfer.kind] = groups.groups.tolist()
+        assert groups.num_slices(slice_of) == (4 if transfer.kind == "all-reduce" else 2)
+        assert groups.size(mesh) == (4 if transfer.kind == "all-reduce" else 2)
+    assert found == {
+        "all-reduce": [[0, 2, 4, 6], [1, 3, 5, 7]],
+        "all-gather": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "collective-permute": [[0, 2], [2, 0], [1, 3], [3, 1]],
+    }
 
 
 def test_all_reduce_of_which_a_slice_is_used_before_optimization() -> None:
@@ -253,6 +320,50 @@ ENTRY %main (a: f32[10,100], i: s32[]) -> f32[10,100] {
     row, index = 400, 4
     # Read: a row, and written. Negated: read, and kept on the chip. Written: one row.
     assert work_of(text).bytes_accessed == (2 * row + index) + row + (row + index)
+
+
+START = """HloModule start
+
+%fused (p: f32[2,8]) -> (f32[2,8], f32[8,8], u32[]) {
+  %p = f32[2,8]{1,0} parameter(0)
+  %all-gather.1 = f32[8,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+  ROOT %start = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p: f32[8,8]) -> f32[8,8] {
+  %q = f32[2,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = f32[8,8]{1,0} all-gather(%q), channel_id=1, dimensions={0}
+}
+
+ENTRY %main (a: f32[2,8]) -> f32[8,8] {
+  %a = f32[2,8]{1,0} parameter(0)
+  BODY
+}
+"""  # noqa: E501
+WAYS = {
+    "plain": "ROOT %x = f32[8,8]{1,0} all-gather(%a), channel_id=1, dimensions={0}",
+    "asynchronous": """%x = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%a), dimensions={0}
+  ROOT %y = f32[8,8]{1,0} all-gather-done(%x)""",
+    "in fusions": """%x = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]) fusion(%a), calls=%fused
+  %y = f32[2,8]{1,0} get-tuple-element(%x), index=0
+  ROOT %z = f32[8,8]{1,0} fusion(%y), calls=%done""",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_all_gather_reads_and_writes_the_same_however_it_is_done(way: str) -> None:
+    text = START.replace("BODY", WAYS[way])
+    if way == "plain":  # the channel is that of the start
+        text = text.replace("channel_id=1, dimensions={0}\n}", "channel_id=2, dimensions={0}\n}")
+    work = work_of(text)
+    assert _by_kind(work) == {"all-gather": (1, 2 * 8 * 4)}
+    assert work.bytes_accessed == 2 * 8 * 4 + 8 * 8 * 4
+
+
+def test_a_collective_without_a_channel_hides_no_other() -> None:
+    """A start without a channel says nothing of fusions without one."""
+    text = START.replace(", channel_id=1", "").replace("BODY", WAYS["in fusions"])
+    assert list(work_of(text).transfers.values()) == [1, 1]
 
 
 COMPILED = """

@@ -88,6 +88,26 @@ def test_gpus_are_virtual_devices_by_host() -> None:
     assert "with 16 virtual CPU devices instead of 32" in done.stderr
 
 
+def test_dcn_mesh_lays_an_axis_over_gpu_hosts() -> None:
+    """Of 4 x 2 over two hosts either axis goes from one to the other; `model` cannot by itself."""
+    done = _run(
+        "import sys\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "t = parse_target('h100:16'); prepare(t)\n"
+        "from test_plan_program import CONFIG\n"
+        "def hosts(**changes):\n"
+        "    p = t.partitioning_of(dataclasses.replace(CONFIG, **changes))\n"
+        "    print(np.vectorize(t.slice_of)(p.mesh.devices)[..., 0].tolist())\n"
+        "hosts(mesh={'data': 4, 'fsdp': 2, 'model': 2})\n"
+        "hosts(mesh={'data': 4, 'fsdp': 2, 'model': 2}, dcn_mesh={'fsdp': 2})\n"
+        "hosts(mesh={'model': 16})\n"
+    )
+    by_data = [[0, 0], [0, 0], [1, 1], [1, 1]]
+    by_fsdp = [[0, 1]] * 4
+    assert done.stdout.split("\n")[:2] == [str(by_data), str(by_fsdp)], done.stderr
+    assert "does not divide over 2 slices" in done.stderr
+
+
 def test_tpu_topologies() -> None:
     pytest.importorskip("libtpu")
     done = _run(

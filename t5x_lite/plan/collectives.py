@@ -14,6 +14,18 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # One part of an asynchronous collective stands for the whole.
 _STARTS = {f"{kind}{suffix}": kind for kind in KINDS for suffix in ("", "-start")}
 
+# Between slices XLA:TPU sends to a runtime on the host, which does these.
+_BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+_TRANSFER_TYPE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_ALL_OF_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x\{[\d:,]+\}"')
+_SENT_TO = re.compile(r'_xla_megascale_target="?\{(\{[\d,{}>\s-]*\})\}')
+
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}\s]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 _MESH = re.compile(
@@ -42,20 +54,26 @@ class Groups:
         differs = (places != places[:, :, :1]).any(axis=(1, 2))
         return tuple(axis for axis, d in zip(mesh, differs, strict=True) if d)
 
+    def at(self, places: np.ndarray) -> "Groups":
+        """The same groups of other devices: of `places[i]` instead of i."""
+        return dataclasses.replace(self, groups=places[self.groups])
+
     def size(self, mesh: dict[str, int]) -> int:
         """Devices that take part together; of a permutation, those along its mesh axes."""
         if self.is_pairs:
             return math.prod(mesh[axis] for axis in self.mesh_axes(mesh))
         return self.groups.shape[1]
 
-    def crosses(self, slice_of: Sequence[int]) -> bool:
-        """Whether a group has devices of several slices; `slice_of` is the slice of each place."""
-        slices = np.asarray(slice_of)[self.groups]
-        return bool((slices != slices[:, :1]).any())
+    def num_slices(self, slice_of: Sequence[int]) -> int:
+        """Slices of which a group has devices; `slice_of` is the slice of each place."""
+        return max(len(set(group)) for group in np.asarray(slice_of)[self.groups].tolist())
 
 
 def kind_of(instruction: Instruction) -> str | None:
     """One of KINDS; None for what is none, and for the second half of an asynchronous one."""
+    if instruction.opcode == "send":
+        match = _TRANSFER_TYPE.search(instruction.attributes)
+        return _BETWEEN_SLICES.get(match[1]) if match else None
     return _STARTS.get(instruction.opcode)
 
 
@@ -114,6 +132,32 @@ def groups_of(instruction: Instruction, num_devices: int) -> Groups:
             end = re.compile(r", [a-z_]+=(?!\()").search(instruction.attributes, start)
             return _groups(instruction.attributes[start : end and end.start()], num_devices)
     return _groups("", num_devices)
+
+
+def groups_between_slices(
+    instruction: Instruction, device_ids: Sequence[int], slice_of: Sequence[int]
+) -> Groups:
+    """Who takes part in a `send` to other slices, of which each group has one device of each.
+
+    `"{1,2}x{0:7}"`: every device of the first two slices with those at its place in the others;
+    `{{100000,300000},...}` and `{{100000->300000},...}`: devices by JAX's ids.
+
+    Args:
+      instruction: the `send`.
+      device_ids: the id of each place.
+      slice_of: the slice of each place, from 0.
+
+    Raises:
+      ValueError: none of these forms.
+    """
+    if match := _ALL_OF_SLICES.search(instruction.attributes):
+        slices = np.asarray(slice_of)
+        return Groups(np.stack([np.flatnonzero(slices == n - 1) for n in _ints(match[1])], axis=1))
+    if match := _SENT_TO.search(instruction.attributes):
+        place_of = {device: place for place, device in enumerate(device_ids)}
+        ids = _nested(match[1].replace("->", ","))
+        return Groups(np.vectorize(place_of.__getitem__)(ids), is_pairs="->" in match[1])
+    raise ValueError(f"no groups of a send between slices: {instruction.attributes[:300]}")
 
 
 def _ints(text: str) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from t5x_lite.errors import UsageError
 from t5x_lite.plan.chips import Chip, num_links
-from t5x_lite.plan.program import Collective, Memory, Program
+from t5x_lite.plan.program import Collective, DoesNotFit, Memory, Program
 from t5x_lite.plan.targets import Target
 from t5x_lite.plan.units import binary_bytes
 from t5x_lite.run_config import TrainConfig
@@ -94,7 +94,7 @@ def bound(program: Program, target: Target, chip: Chip) -> Bound:
     if target.is_gpu:
         memory = program.memory
         memory_bytes = 2 * (memory.parameters + memory.optimizer) + memory.batch
-    crossing = [dcn_share(c, target.num_slices) * c.link_bytes for c in program.collectives]
+    crossing = [dcn_share(c) * c.link_bytes for c in program.collectives]
     within = sum(c.link_bytes for c in program.collectives) - sum(crossing)
     links = chip.link_bandwidth.value * num_links(target.topology)
     return Bound(
@@ -105,12 +105,11 @@ def bound(program: Program, target: Target, chip: Chip) -> Bound:
     )
 
 
-def dcn_share(collective: Collective, num_slices: int) -> float:
+def dcn_share(collective: Collective) -> float:
     """Of the bytes that a device sends, the part that goes to other slices at the least."""
-    n = collective.group_size
-    if not collective.crosses_slices or n < 2:
+    n, s = collective.group_size, collective.num_slices
+    if s < 2:
         return 0.0
-    s = min(num_slices, n)
     if collective.kind == "collective-permute":
         return 1.0
     if collective.kind == "all-to-all":
@@ -193,7 +192,12 @@ class Fit:
 
 
 def fit(
-    memory: Memory, config: TrainConfig, target: Target, chip: Chip, *, refused: bool = False
+    memory: Memory,
+    config: TrainConfig,
+    target: Target,
+    chip: Chip,
+    *,
+    refused: DoesNotFit | None = None,
 ) -> Fit:
     """Compares what a step needs with what a device has.
 
@@ -202,12 +206,21 @@ def fit(
       config: the run, for what could be changed.
       target: where.
       chip: its figures.
-      refused: the compiler has found already that it does not fit.
+      refused: what the compiler said if it has found already that it does not fit. It knows
+        better than the chip's figures what is available.
     """
     usable = int(chip.usable_bytes / target.devices_per_chip)
+    if refused is not None:
+        usable = refused.available or usable
     sizes = f"{binary_bytes(memory.peak)} of {binary_bytes(usable)}"
-    if memory.peak <= usable and not refused:
-        return Fit(True, memory.peak, usable, f"fits: {sizes}")
+    if memory.peak <= usable:
+        if refused is None:
+            return Fit(True, memory.peak, usable, f"fits: {sizes}")
+        # It did not say how much: the temporaries, which alone are unknown then, fill the rest.
+        memory = dataclasses.replace(memory, temporaries=usable - memory.peak)
+        advice = _advice(memory, config, target)
+        sentence = f"does not fit: the compiler refuses: {refused}: {advice}"
+        return Fit(False, memory.peak, usable, sentence)
     parts = {
         "parameters": memory.parameters,
         "the optimizer's state": memory.optimizer,
@@ -229,7 +242,8 @@ def _advice(memory: Memory, config: TrainConfig, target: Target) -> str:
     choices = []
     if memory.temporaries > state:
         if config.loss.num_microbatches < rows:
-            choices.append(f"more microbatches (NUM_MICROBATCHES = {config.loss.num_microbatches})")
+            count = config.loss.num_microbatches
+            choices.append(f"more microbatches than NUM_MICROBATCHES = {count}")
         if config.model.remat_policy != "full":
             choices.append("T5Config.remat_policy = 'full'")
     if mesh.get("data", 1) > 1:
@@ -237,7 +251,7 @@ def _advice(memory: Memory, config: TrainConfig, target: Target) -> str:
     elif memory.temporaries > state and mesh.get("fsdp", 1) > 1:
         choices.append("more of model in MESH instead of fsdp")
     choices.append("more chips")
-    return ", ".join(choices[:-1]) + (" or " if len(choices) > 1 else "") + choices[-1]
+    return "; ".join(choices[:-1]) + ("; or " if len(choices) > 1 else "") + choices[-1]
 
 
 # ---- all of it -----------------------------------------------------------------------------------

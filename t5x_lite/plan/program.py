@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from t5x_lite import setup
 from t5x_lite.errors import Failure
@@ -74,8 +75,8 @@ class Collective:
         overlap with matrix products.
       mesh_axes: the mesh axes along which the groups lie.
       group_size: devices that take part together.
-      crosses_slices: whether a group spans several slices (GPUs: several hosts), so that its bytes
-        go over the data-center network.
+      num_slices: slices (GPUs: hosts) that they lie on. XLA:TPU splits what spans several into a
+        part inside each slice and one between them, of which a group has one device of each.
       instructions: how many of them the program has.
       count: how many are executed in a step: those in loops times their trip counts.
       operand_bytes: what a device puts in, summed over `count`.
@@ -89,13 +90,18 @@ class Collective:
     kind: str
     mesh_axes: tuple[str, ...]
     group_size: int
-    crosses_slices: bool
+    num_slices: int
     instructions: int
     count: int
     operand_bytes: int
     result_bytes: int
     link_bytes: int
     largest: str
+
+    @property
+    def crosses_slices(self) -> bool:
+        """Whether bytes go over the data-center network."""
+        return self.num_slices > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +141,10 @@ class Program:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        for entry, collective in zip(values["collectives"], self.collectives, strict=True):
+            entry["crosses_slices"] = collective.crosses_slices
+        return values
 
 
 class DoesNotFit(Failure):
@@ -163,7 +172,7 @@ def compile_step(config: TrainConfig, target: Target) -> Program:
         does not divide), or the target cannot be compiled for here.
       DoesNotFit: the compiler refuses, since the chip has too little memory.
     """
-    partitioning = setup.partitioning_of(config, target.devices())
+    partitioning = target.partitioning_of(config)
     mesh = dict(partitioning.mesh.shape)
     start = time.monotonic()
     programs = setup.make_programs(config, partitioning, compile_train_step=False)
@@ -197,7 +206,6 @@ def compile_step(config: TrainConfig, target: Target) -> Program:
     if partitioned:
         before = work_of(partitioned, only_partitioned=True)
         work = dataclasses.replace(work, flops=before.flops, transfers=before.transfers)
-    slice_of = [target.slice_of(device) for device in partitioning.mesh.devices.flat]
     lengths = config.data.task_feature_lengths
     return Program(
         target=target.name,
@@ -216,7 +224,7 @@ def compile_step(config: TrainConfig, target: Target) -> Program:
             per_device=work.flops,
         ),
         bytes_accessed=work.bytes_accessed,
-        collectives=_collectives(work, mesh, slice_of),
+        collectives=_collectives(work, mesh, target, list(partitioning.mesh.devices.flat)),
         warnings=_warnings(notes, work),
     )
 
@@ -296,18 +304,29 @@ def _does_not_fit(message: str, target: Target, arguments: Memory, seconds: floa
     )
 
 
-def _collectives(work: Work, mesh: dict[str, int], slice_of: list[int]) -> tuple[Collective, ...]:
+def _collectives(
+    work: Work, mesh: dict[str, int], target: Target, devices: list[Any]
+) -> tuple[Collective, ...]:
     """The program's collectives by kind and groups."""
+    slice_of = [target.slice_of(device) for device in devices]
+    ids = [device.id for device in devices]
     found: dict[tuple, Collective] = {}
     largest: dict[tuple, int] = {}
     for transfer, count in work.transfers.items():
         kind, operand, instruction = transfer
-        groups = collectives.groups_of(instruction, len(slice_of))
+        if instruction.opcode == "send":
+            groups = collectives.groups_between_slices(instruction, ids, slice_of)
+        elif target.is_gpu:
+            groups = collectives.groups_of(instruction, len(devices))
+        else:
+            # What is not sent stays inside a slice, whose devices it counts from 0.
+            inside = np.flatnonzero(np.asarray(slice_of) == slice_of[0])
+            groups = collectives.groups_of(instruction, len(inside)).at(inside)
         size = groups.size(mesh)
-        axes, crosses = groups.mesh_axes(mesh), groups.crosses(slice_of)
-        key = (kind, axes, size, crosses)
+        axes, num_slices = groups.mesh_axes(mesh), groups.num_slices(slice_of)
+        key = (kind, axes, size, num_slices)
         sent = count * collectives.link_bytes(kind, operand, size)
-        old = found.get(key, Collective(kind, axes, size, crosses, 0, 0, 0, 0, 0, ""))
+        old = found.get(key, Collective(kind, axes, size, num_slices, 0, 0, 0, 0, 0, ""))
         is_largest = sent > largest.get(key, -1)
         largest[key] = max(sent, largest.get(key, -1))
         found[key] = dataclasses.replace(

@@ -2,6 +2,10 @@
 
 Every combination is first judged in closed form, which takes no time and is right to a few tens of
 per cent; the most promising are compiled, and what the compiled programs say decides.
+
+How far the closed form is off, of a small T5 on v5e:4x4: the compiled programs need 0.71 to 1.23
+times the memory that it expects, and their bounds are up to 4.2 times its own (that with the policy
+"none"). So it is what corrects the choice of what to compile, never an answer.
 """
 
 import dataclasses
@@ -14,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from t5x_lite import optimizers, step
-from t5x_lite.errors import UsageError
+from t5x_lite import optimizers, setup, step
+from t5x_lite.errors import UsageError, nearest
 from t5x_lite.losses import CHUNK_BYTES
 from t5x_lite.models import t5
 from t5x_lite.models.config import REMAT_POLICIES
-from t5x_lite.partitioning import LOGICAL_TO_MESH, MESH_AXES, Partitioning
+from t5x_lite.partitioning import MESH_AXES, Partitioning, make_rules
 from t5x_lite.plan.chips import Chip, num_links
 from t5x_lite.plan.cost import Fit, Plan, fit
 from t5x_lite.plan.flops import model_flops
@@ -148,7 +152,9 @@ def search(
     """Climbs from the layout that is expected to be fastest to better ones among its neighbours.
 
     Where none of the best one's neighbours is left, it goes on with what is expected to be fastest
-    of the others. What turns out not to fit corrects what is expected of the others' memory.
+    of the others. What turns out not to fit corrects what is expected of the memory of those with
+    the same policy. As long as nothing fits, it goes on even if nothing is expected to, with what
+    is expected to be smallest.
 
     Args:
       config: the run; its own mesh, microbatches and remat policy do not matter.
@@ -169,20 +175,27 @@ def search(
     num_too_large = sum(c.memory_bytes > usable for c in candidates)
     left = sorted(candidates, key=_order)
     tried: list[Tried] = []
-    correction = 1.0
+    correction = dict.fromkeys(REMAT_POLICIES, 1.0)
+
+    def expected(candidate: Candidate) -> float:
+        return candidate.memory_bytes * correction[candidate.remat_policy]
+
     while left and len(tried) < max_compiles:
-        small = [c for c in left if c.memory_bytes * correction <= usable]
+        small = [c for c in left if expected(c) <= usable]
         best = min(tried, key=_merit) if any(t.fits for t in tried) else None
         near = [c for c in small if best is not None and best.candidate.is_next_to(c)]
-        if not small and tried:
+        if not small and best is not None:
             break
-        candidate = next(iter(near or small), min(left, key=lambda c: (c.memory_bytes, _order(c))))
+        smallest = min(left, key=lambda c: (expected(c), _order(c)))
+        candidate = next(iter(near or small), smallest)
         left.remove(candidate)
         report(candidate)
         tried.append(_try(candidate, config, target, chip, plan))
         fit_of_it = tried[-1].fit
         if fit_of_it is not None and not fit_of_it.fits:
-            correction = max(correction, fit_of_it.needed_bytes / candidate.memory_bytes)
+            needed = fit_of_it.needed_bytes / candidate.memory_bytes
+            policy = candidate.remat_policy
+            correction[policy] = max(correction[policy], needed)
     return Found(tuple(sorted(tried, key=_merit)), len(candidates), num_too_large, refused)
 
 
@@ -197,7 +210,7 @@ def _try(
     try:
         result = plan(run)
     except DoesNotFit as e:
-        too_large = fit(e.memory, run, target, chip, refused=True)
+        too_large = fit(e.memory, run, target, chip, refused=e)
         return Tried(candidate, None, too_large, str(e))
     except UsageError as e:
         return Tried(candidate, None, None, str(e))
@@ -236,7 +249,20 @@ def enumerate_candidates(
     """All layouts that divide, with estimates; and the meshes that do not, with the reason.
 
     The microbatches of a mesh and policy ascend.
+
+    Raises:
+      UsageError: SHARDING_RULES or DCN_MESH are wrong whatever the mesh.
     """
+    make_rules(config.sharding_rules or {})  # what is wrong with them is no mesh's fault
+    across = config.dcn_mesh
+    if across is not None and math.prod(across.values()) != target.num_slices:
+        raise UsageError(
+            f"DCN_MESH = {dict(across)} is {math.prod(across.values())} slices, but {target.name} "
+            f"has {target.num_slices}"
+        )
+    for axis in across or {}:
+        if axis not in MESH_AXES:
+            raise UsageError(f"DCN_MESH has no axis {axis!r}; {nearest(axis, MESH_AXES)}")
     state = _State.of(config)
     candidates: list[Candidate] = []
     refused = []
@@ -272,8 +298,8 @@ def _divisors(n: int) -> list[int]:
 
 
 def _partitioning(config: TrainConfig, mesh: dict[str, int]) -> Partitioning:
-    table = LOGICAL_TO_MESH | dict(config.sharding_rules or {})
-    return Partitioning(AbstractMesh(tuple(mesh.values()), tuple(mesh)), tuple(table.items()))
+    abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    return Partitioning(abstract, make_rules(config.sharding_rules or {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,20 +323,18 @@ class _State:
 def _check(config: TrainConfig, target: Target, partitioning: Partitioning, state: _State) -> None:
     """Raises UsageError if something does not divide over the mesh."""
     mesh = partitioning.mesh.shape
-    if (mesh["data"] * mesh["fsdp"]) % target.num_slices:
+    if config.dcn_mesh is None and (mesh["data"] * mesh["fsdp"]) % target.num_slices:
         raise UsageError(f"data x fsdp is no multiple of {target.num_slices} slices")
+    for axis, count in (config.dcn_mesh or {}).items():
+        if mesh[axis] % count:
+            raise UsageError(f"DCN_MESH: {axis} {mesh[axis]} is no multiple of {count} slices")
     if config.data.batch_size % partitioning.num_batch_shards:
         raise UsageError(
             f"BATCH_SIZE = {config.data.batch_size} does not divide over "
             f"{partitioning.num_batch_shards} devices"
         )
     partitioning.check_divisible(state.shapes, state.axes)
-    model = config.model
-    sizes = {"heads": model.num_heads, "mlp": model.d_ff, "embed": model.d_model}
-    for name, size in sizes.items():
-        parts = partitioning.num_parts(f"activation_{name}")
-        if size % parts:
-            raise UsageError(f"{size} ({name}) does not divide over {parts} devices")
+    setup.check_activations(config, partitioning)
 
 
 # ---- estimates -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,10 @@ def print_plan(plan: Plan, config: TrainConfig, target: Target, chip: Chip, rate
     _print(console, "program", [], _program_rows(plan, config, target))
     _print(console, _memory_title(target), ["", ""], memory_rows(program.memory))
     console.print(f"{plan.fit.sentence}\n")
+    for warning in program.warnings:
+        console.print(f"warning: {textwrap.shorten(warning, 200, placeholder=' ...')}")
+    if program.warnings:
+        console.print()
     flops = program.flops
     work = [
         ("FLOPs of the model", f"{flops.model:.4g}", f"{flops.model / target.num_chips:.4g}"),
@@ -206,7 +211,7 @@ def collective_rows(collectives: Iterable[Collective]) -> list[Row]:
     return [
         (
             c.kind,
-            "?" if c.mesh_axes is None else "+".join(c.mesh_axes),
+            "+".join(c.mesh_axes),
             str(c.group_size),
             str(c.instructions),
             f"{c.count:,}",

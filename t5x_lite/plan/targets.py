@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
+from t5x_lite import setup
 from t5x_lite.errors import UsageError, nearest
+from t5x_lite.partitioning import Partitioning
+from t5x_lite.run_config import TrainConfig
 
 # Slices as Google Cloud's documentation of each chip lists them. libtpu would also compile for
 # shapes that nobody can order.
@@ -53,6 +58,18 @@ KINDS = (*_TPUS, *GPUS_PER_HOST)
 
 _TARGET = re.compile(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", re.IGNORECASE)
 _NOTATION = "write 'v5e:16x16', '2xv5e:16x16' for two slices, or 'h100:64'"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Virtual:
+    """A virtual device with what a mesh is laid out by."""
+
+    id: int
+    device: Any
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +143,23 @@ class Target:
         except jax.errors.JaxRuntimeError as e:
             raise UsageError(f"{self.name}: libtpu does not know it: {e}") from e
         return sorted(topology.devices, key=self.slice_of)
+
+    def partitioning_of(self, config: TrainConfig) -> Partitioning:
+        """The run's mesh over `devices`, laid over slices (GPUs: hosts) as a real one would be.
+
+        Raises:
+          UsageError: as `setup.partitioning_of` and `devices`.
+        """
+        devices = self.devices()
+        if not self.is_gpu:
+            return setup.partitioning_of(config, devices)
+        # JAX counts a GPU's host as its slice, and virtual devices have none.
+        in_hosts = [_Virtual(d.id, d, self.slice_of(d), d.process_index) for d in devices]
+        partitioning = setup.partitioning_of(config, in_hosts)
+        mesh = partitioning.mesh
+        grid = np.vectorize(lambda virtual: virtual.device, otypes=[object])(mesh.devices)
+        mesh = Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+        return dataclasses.replace(partitioning, mesh=mesh)
 
     def _virtual_devices(self) -> list[Any]:
         devices = jax.devices("cpu")
@@ -207,10 +241,14 @@ def prepare(target: Target) -> None:
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Keeps what anything in this process writes to stderr meanwhile; the lines, at the end."""
+    """Keeps what anything in this process writes to stderr meanwhile; the lines, at the end.
+
+    The last words of a compiler that ends the whole process stay in a file `t5x_lite-stderr-*` in
+    the directory for temporary files: only an orderly end deletes it.
+    """
     lines: list[str] = []
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as written:
+    with tempfile.NamedTemporaryFile(prefix="t5x_lite-stderr-") as written:
         stderr = os.dup(2)
         os.dup2(written.fileno(), 2)
         try:

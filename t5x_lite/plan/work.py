@@ -5,7 +5,7 @@ Each computation is looked at once; what a loop's body does counts as often as t
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from t5x_lite.plan import collectives
@@ -101,7 +101,7 @@ class _Walk:
             if _starts(computation)
             for instruction in computation.instructions.values()
             if collectives.kind_of(instruction)
-        }
+        } - {None}
 
     def work(self, computation: Computation) -> Work:
         """That of a computation whose instructions are executed one by one."""
@@ -132,7 +132,10 @@ class _Walk:
         return total
 
     def _work_fused(self, computation: Computation) -> Work:
-        """Operations and collectives of a fusion's computation."""
+        """Operations and collectives of a fusion's computation, and what those read and write.
+
+        The rest of its traffic is counted where the fusion stands.
+        """
         if computation.name in self._fused:
             return self._fused[computation.name]
         total = Work()
@@ -140,7 +143,10 @@ class _Walk:
         for instruction in computation.instructions.values():
             total.flops += matrix_product_flops(instruction, computation)
             if is_start or instruction.attribute("channel_id") not in self._started:
-                total.transfers.update(self._transfers(instruction, computation, is_fused=True))
+                transfers = self._transfers(instruction, computation, is_fused=True)
+                total.transfers.update(transfers)
+                if transfers:
+                    total.bytes_accessed += _traffic_of_fused(computation, instruction)
             for called in self.module.called(instruction):
                 total.add(self._work_fused(called))
         self._fused[computation.name] = total
@@ -188,10 +194,13 @@ class _Walk:
             return 2 * operands[1].num_bytes if _in_main_memory(instruction) else 0
         if opcode == "scatter":
             return 3 * sum(o.num_bytes for o in operands[len(operands) // 2 + 1 :])
-        result = instruction
-        if opcode.endswith("-start"):
-            return 2 * sum(map(_in_main_memory, operands))
-        return _in_main_memory(result) + sum(map(_in_main_memory, operands))
+        if opcode == "send":
+            return sum(map(_in_main_memory, operands))
+        results = instruction.arrays
+        if opcode.endswith("-start") and opcode != "all-reduce-start":
+            results = results[len(operands) :]  # (operands, results, ...)
+        written = sum(array.num_bytes for array in results if array.memory_space == 0)
+        return written + sum(map(_in_main_memory, operands))
 
 
 def _starts(computation: Computation) -> bool:
@@ -200,11 +209,13 @@ def _starts(computation: Computation) -> bool:
     return root.opcode == "custom-call" and "AsyncCollectiveStart" in root.attributes
 
 
-def _uses(computation: Computation, value: Instruction) -> list[Instruction]:
-    """What takes an instruction's result, or a copy of it."""
+def _uses(
+    computation: Computation, value: Instruction, same: Collection[str] = ("copy",)
+) -> list[Instruction]:
+    """What takes an instruction's result, or a copy of it (whatever opcodes make one)."""
     found = []
     for user in computation.users[value.name]:
-        found += _uses(computation, user) if user.opcode == "copy" else [user]
+        found += _uses(computation, user, same) if user.opcode in same else [user]
     return found
 
 
@@ -214,6 +225,21 @@ def _in_main_memory(instruction: Instruction) -> int:
 
 def _least(instruction: Instruction, inside: int) -> int:
     return min(_in_main_memory(instruction), inside)
+
+
+def _traffic_of_fused(fused: Computation, collective: Instruction) -> int:
+    """Bytes that a collective reads from a fusion's parameters and writes to its results."""
+    total = 0
+    for operand in fused.operands(collective):
+        source = operand
+        while source.opcode in _VIEWS:
+            (source, *_) = fused.operands(source)
+        if source.opcode == "parameter":
+            total += _in_main_memory(operand)
+    users = _uses(fused, collective, _VIEWS)
+    if all(user.opcode == "tuple" or "AsyncColl" in user.attributes for user in users):
+        total += _in_main_memory(collective)
+    return total
 
 
 def _read_inside(fused: Computation, value: Instruction) -> int:
@@ -246,6 +272,8 @@ def _written_inside(fused: Computation) -> int:
             total += fused.operands(result)[1].num_bytes
         elif result.opcode in ("parameter", "get-tuple-element", "custom-call"):
             continue
+        elif collectives.kind_of(result):
+            continue  # counted where the collective is
         else:
             total += result.num_bytes
     return total

@@ -59,6 +59,8 @@ def run(argv: list[str]) -> int:
     rates = cost.Rates(**given(arguments, names))
     paths = [path for path in arguments.gin_search_paths.split(",") if path]
     config, _ = gin_utils.load_train_config(arguments.gin_file, [*bindings, *_NOT_NEEDED], paths)
+    if arguments.json:
+        _check_writable(arguments.json)
     targets.prepare(target)
     if arguments.search:
         values = _search(config, target, chip, rates, arguments.max_compiles)
@@ -67,6 +69,18 @@ def run(argv: list[str]) -> int:
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n")
     return 0
+
+
+def _check_writable(path: str) -> None:
+    """Raises UsageError if --json cannot be written, before minutes of compiling."""
+    file = pathlib.Path(path)
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as e:
+        raise UsageError(f"--json={path}: cannot be written: {e.strerror}") from e
+    if not existed:
+        file.unlink()
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +130,7 @@ def _plan(config: "TrainConfig", target: "Target", chip: "Chip", rates: "Rates")
     try:
         compiled = program.compile_step(config, target)
     except program.DoesNotFit as e:
-        fit = cost.fit(e.memory, config, target, chip, refused=True)
+        fit = cost.fit(e.memory, config, target, chip, refused=e)
         show.print_refused(e.memory, fit, config, target)
         what = {"fits": False, "fit": dataclasses.asdict(fit), "program": None}
         what |= {"memory": dataclasses.asdict(e.memory), "compiler": str(e)}
