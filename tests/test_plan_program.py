@@ -169,5 +169,5 @@ def test_what_the_compiler_refuses_is_told_in_one_line(
 
 def test_mesh_of_another_size_is_refused() -> None:
     config = dataclasses.replace(CONFIG, mesh={"fsdp": 4})
-    with pytest.raises(UsageError, match="MESH = .* is 4 devices, but there are 1"):
+    with pytest.raises(UsageError, match=r"MESH = .* is 4 devices, but there are 1"):
         program.compile_step(config, parse_target("h100:1"))
