@@ -8,7 +8,8 @@ Example, two slices of 256 v5e chips each, image as launch/Dockerfile makes it:
     --gin.MODEL_DIR="'gs://bucket/xl'" --gin.DCN_MESH="{'data': 2}" ... | kubectl apply -f -
   kubectl delete jobset xl
 
-It prints and starts nothing; kubectl does. --node_pools prints instead the commands that make the
+It prints and starts nothing; kubectl does. Gin files are those of the image: build it again after a
+change. --node_pools prints instead the commands that make the
 node pools for such a run, one for each slice.
 """
 
@@ -21,6 +22,7 @@ import string
 import sys
 from collections.abc import Sequence
 
+from command_line import REPO, check_command
 from tpu_target import TpuTarget, parse_target
 
 TEMPLATE = pathlib.Path(__file__).with_name("gke_jobset.yaml")
@@ -40,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--node_pools", action="store_true", help="print how to make the node pools"
     )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="as the other launchers have it; this one only prints",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="train, eval or infer ...")
     args = parser.parse_args(argv)
     if args.node_pools:
@@ -47,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not (args.image and args.queue and args.command):
         parser.error("give --image, --queue, and a verb of t5x_lite with its arguments: train ...")
+    check_command(parser, args.command, (REPO,))
     print(render(args), end="")
     return 0
 
@@ -54,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def render(args: argparse.Namespace) -> str:
     """The manifest, as YAML."""
     target: TpuTarget = args.target
-    command = ["python", "-m", "t5x_lite", *args.command, "--distributed"]
+    # Pods start minutes apart. Whoever says --distributed_timeout himself has the last word.
+    verb, *rest = args.command
+    flags = ("--distributed", "--distributed_timeout=600")
+    command = ["python", "-m", "t5x_lite", verb, *flags, *rest]
     return string.Template(TEMPLATE.read_text()).substitute(
         name=args.name,
         queue=args.queue,

@@ -13,6 +13,7 @@ code is the launcher's (128 + n if signal n killed it).
 
 import argparse
 import os
+import pathlib
 import shlex
 import signal
 import socket
@@ -22,6 +23,8 @@ import threading
 import time
 from collections.abc import Sequence
 from typing import IO
+
+from command_line import REPO, check_command
 
 # The other processes of a failed one cannot finish a step or a checkpoint without it: they get
 # SIGTERM at once, and SIGKILL this many seconds after the failure.
@@ -40,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="train, eval or infer ...")
     args = parser.parse_args(argv)
-    if not args.command:
-        parser.error("say what to run: a verb of t5x_lite (train, eval, infer) and its arguments")
+    check_command(parser, args.command, (pathlib.Path.cwd(), REPO))
     if args.num_processes < 1 or (args.cpu_devices is not None and args.cpu_devices < 1):
         parser.error("--num_processes and --cpu_devices are at least 1")
 
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         commands.append([sys.executable, "-m", "t5x_lite", *args.command, *rendezvous])
         if args.gpus:
-            environments.append({"CUDA_VISIBLE_DEVICES": str(i)})
+            # Without it JAX would go on on the CPU where it finds no GPU.
+            environments.append({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": str(i)})
         else:
             environments.append(
                 {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.cpu_devices)}
@@ -113,13 +116,18 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int]) -> int:
             i, first_failure = failed[0]
             deadline = time.monotonic() + GRACE_SECONDS
             if not received:  # else they know already, and a second signal may mean "at once"
-                print(f"local.py: process {i} failed; ending the others", file=sys.stderr)
+                others = "; ending the others" if None in codes else ""
+                print(f"local.py: process {i} {_ended(first_failure)}{others}", file=sys.stderr)
                 _signal_all(processes, signal.SIGTERM)
         if time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL)
         time.sleep(0.1)
     code = first_failure or next((code for code in codes if code), 0)
     return code if code >= 0 else 128 - code
+
+
+def _ended(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def _signal_all(processes: list[subprocess.Popen[bytes]], number: int) -> None:

@@ -9,7 +9,8 @@ Example, a pod slice of 256 v5e chips at the spot price (tmux keeps it when your
 
   run      create, install and start; all of it again after a pre-emption, until it is done
   create   ask for the TPU (a "queued resource") and wait until it is there
-  install  copy this checkout to every host, uncommitted files too, and install it there
+  install  copy this checkout to every host, uncommitted files too (but none that .gitignore
+           names), and install it there
   stop     end the command on every host; it saves a checkpoint first
   status   the state of the queued resource
   delete   give the TPU back. Only this ends the costs.
@@ -19,6 +20,7 @@ ssh agent (ssh-add ~/.ssh/google_compute_engine). --dry_run prints the commands 
 """
 
 import argparse
+import collections
 import dataclasses
 import pathlib
 import shlex
@@ -28,9 +30,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from command_line import REPO, check_command
 from tpu_target import TpuTarget, parse_target
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
 POLL_SECONDS = 30
 PATIENCE = 60  # times that gcloud may fail to tell a state, before `run` gives up
 
@@ -40,6 +42,8 @@ USAGE_ERROR = 2  # t5x_lite's exit code for a command that cannot work: no use t
 ALREADY_RUNNING = 75  # flock's exit code here
 # So many failures in a row that no pre-emption explains, each within this time, and `run` gives up.
 MAX_QUICK_FAILURES, QUICK_SECONDS = 5, 1800
+LIST_FILES = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")  # to be copied
+MAX_COPIED_BYTES = 100e6
 MAX_FAILED_REQUESTS = 5  # requests for a TPU that end as FAILED, with never a TPU in between
 
 # JAX needs a newer Python than the TPU VMs have. With large pages libtpu starts faster.
@@ -141,11 +145,11 @@ class Tpu:
 
     def install(self) -> int:
         """Copies the checkout to all hosts and installs it there; the exit code."""
+        check_size()
         archive = f"{tempfile.gettempdir()}/t5x_lite.tar.gz"
         pack = (
             f"set -o pipefail; cd {shlex.quote(str(REPO))} && "
-            "git ls-files -z --cached --others --exclude-standard | "
-            f"tar --null --files-from=- -czf {archive}"
+            f"{shlex.join(LIST_FILES)} | tar --null --files-from=- -czf {archive}"
         )
         self._execute(["bash", "-c", pack])
         copies = [["scp", archive, f"{node}:t5x_lite.tar.gz"] for node in self.nodes]
@@ -215,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _nodes_and_shape(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     target: TpuTarget | None = args.target
-    if target is None:  # status and delete do without
+    if target is None:  # status and delete can do without
         return [], []
     shape = [
         f"--accelerator-type={target.accelerator_type}",
@@ -250,11 +254,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     actions.add_parser("create", parents=[which, shape, price])
     actions.add_parser("install", parents=[which, shape])
     actions.add_parser("stop", parents=[which, shape])
-    actions.add_parser("status", parents=[which])
-    actions.add_parser("delete", parents=[which])
+    for action in ("status", "delete"):
+        parser_of_action = actions.add_parser(action, parents=[which])
+        parser_of_action.add_argument(
+            "--target",
+            type=parse_target,
+            help="with it, `status` sees that one of the TPU VMs was pre-empted",
+        )
     args = parser.parse_args(argv)
-    if args.action == "run" and not args.command:
-        run.error("say what to run: a verb of t5x_lite (train, eval, infer) and its arguments")
+    if args.action == "run":
+        check_command(run, args.command, (REPO,))
     return args
 
 
@@ -262,6 +271,7 @@ def run(tpu: Tpu, command: Sequence[str]) -> int:
     """Runs `command` on the TPU until it is done, whatever happens to the TPU meanwhile."""
     if tpu.dry_run:
         return _show_run(tpu, command)
+    check_size()  # before anything costs money
     tpu.state()  # exits if gcloud is not set up
     quick_failures = 0
     while True:
@@ -287,6 +297,31 @@ def run(tpu: Tpu, command: Sequence[str]) -> int:
     _say(f"ended with exit code {code}. The TPU is still there and costs money; to give it back:")
     _say(" ".join([give_back, *tpu.location]))
     return code
+
+
+def check_size() -> None:
+    """Says how much `install` copies to every host; exits if that is too much to be meant."""
+    found = subprocess.run(LIST_FILES, cwd=REPO, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        _say(f"{REPO}: what is copied to the hosts is what git lists; it has to be a git checkout")
+        sys.exit(USAGE_ERROR)
+    total, of_folder = 0, collections.Counter[str]()
+    for name in filter(None, found.stdout.split("\0")):
+        path = REPO / name
+        size = path.lstat().st_size if path.is_symlink() or path.is_file() else 0
+        total += size
+        folder = str(pathlib.PurePath(name).parent)
+        of_folder[name if folder == "." else folder] += size
+    if total <= MAX_COPIED_BYTES:
+        _say(f"{total / 1e6:.1f} MB of this checkout are copied to every host")
+        return
+    largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in of_folder.most_common(3))
+    _say(
+        f"{total / 1e6:.1f} MB would be copied to every host, more than "
+        f"{MAX_COPIED_BYTES / 1e6:.0f}; the largest: {largest}. Move them elsewhere, or write them "
+        "into .gitignore"
+    )
+    sys.exit(USAGE_ERROR)
 
 
 def _show_run(tpu: Tpu, command: Sequence[str]) -> int:

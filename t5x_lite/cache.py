@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ from t5x_lite.cache_workers import Report
 from t5x_lite.errors import UsageError
 from t5x_lite.interop.vocabularies import same_vocabulary
 from t5x_lite.run_config import DataConfig
-from tasks import shards, sources
+from tasks import shards, sources, vocabularies
 
 # One record is read at a time, in any order. zstd takes a quarter off 16-bit ids.
 _WRITER_OPTIONS = "group_size:1,zstd:3"
@@ -75,8 +76,9 @@ def cache_task(
       beam_options: of a pipeline of Apache Beam that makes the files; None is these processes.
 
     Raises:
-      UsageError: there is no such task or split, it is a mixture, it gives no row, or the
-        directory cannot be written or holds another cache.
+      UsageError: there is no such task or split, it is a mixture, it has a vocabulary of its own
+        and one was given, it gives no row, or the directory cannot be written or holds another
+        cache.
       CacheError: a process died.
     """
     job = make_job(config, output_dir, num_passes=num_passes, seed=seed, num_shards=num_shards)
@@ -136,6 +138,10 @@ def make_job(
     if config.split not in task.splits:
         splits = ", ".join(sorted(map(str, task.splits)))
         raise UsageError(f"--split={config.split}: {task.name} has {splits}")
+    if config.vocabulary_file is not None and not _has_default_vocabulary(task):
+        raise UsageError(
+            f"--vocabulary_file has no effect on {task.name}, which has its own vocabulary"
+        )
     data.check(dataclasses.replace(config, eval_split=config.split), model_vocab_size=1 << 31)
     if num_shards is None:
         num_shards = _num_shards(task, config.split)
@@ -150,6 +156,10 @@ def make_job(
     except OSError as e:
         raise _not_writable(directory, e) from e
     return Job(config, os.fspath(directory), settings)
+
+
+def _has_default_vocabulary(task: seqio.Task) -> bool:
+    return any(f.vocabulary is vocabularies.DEFAULT for f in task.output_features.values())
 
 
 def _check_count(flag: str, value: int) -> None:
@@ -369,7 +379,12 @@ def _print_summary(
     )
     if missing:
         written = sum(sum(found[i].num_tokens.values()) for i in missing)
-        print(f"{written / seconds:,.0f} tokens/s; train with CACHE_DIR")
+        print(f"{written / seconds:,.0f} tokens/s")
+    cache_dir = os.fspath(epath.Path(job.directory).parent.parent)
+    value = repr(cache_dir)
+    value = f'"{value}"' if shlex.quote(cache_dir) == cache_dir else shlex.quote(value)
+    not_packed = "" if job.config.pack else " --gin.DataConfig.pack=False"
+    print(f"train with --gin.CACHE_DIR={value}{not_packed}")
 
 
 # ---- a run on it ---------------------------------------------------------------------------------
@@ -393,7 +408,19 @@ def open_for_run(config: DataConfig, provider: data.Provider) -> tuple[epath.Pat
             "one task; set CACHE_DIR = None"
         )
     cache_dir = os.path.expanduser(config.cache_dir)
-    directory, manifest = cache_files.open_complete(cache_dir, provider.name, config.split)
+    flags = _flags_of_run(config, provider)
+    try:
+        directory, manifest = cache_files.open_complete(
+            cache_dir, provider.name, config.split, flags
+        )
+    except (UsageError, CacheError):
+        raise
+    except Exception as e:
+        # Every client of an object store has exceptions of its own.
+        if files.is_local(cache_dir) and not isinstance(e, OSError):
+            raise
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise UsageError(f"CACHE_DIR = {config.cache_dir!r} cannot be read: {reason}") from e
     cached = manifest.settings
     own = _settings(config, provider, num_shards=0, num_passes=0, seed=0)
     saved = directory / cache_files.VOCABULARY
@@ -409,6 +436,26 @@ def open_for_run(config: DataConfig, provider: data.Provider) -> tuple[epath.Pat
     if changed:
         raise UsageError(
             f"CACHE_DIR = {config.cache_dir!r} does not have what the run asks for (cache -> run): "
-            f"{'; '.join(changed)}. Cache the task with the run's settings, or set CACHE_DIR = None"
+            f"{'; '.join(changed)}. Cache the task with the run's settings into another directory, "
+            "or set CACHE_DIR = None"
         )
     return directory, manifest
+
+
+def _flags_of_run(config: DataConfig, task: seqio.Task) -> list[str]:
+    """Flags of the command that makes the cache of a run, where they are not the defaults."""
+    lengths = ",".join(f"{name}={n}" for name, n in config.task_feature_lengths.items())
+    vocabulary_file = config.vocabulary_file if _has_default_vocabulary(task) else None
+    # As the fields are called, the verb's flags are, but for the module.
+    own = dataclasses.replace(config, vocabulary_file=vocabulary_file)
+    fields = {f.name: f.default for f in dataclasses.fields(DataConfig)}
+    names = ["split", "vocabulary_file", "mixture_or_task_module", "tfds_data_dir"]
+    names += [name for name in fields if name.startswith("text_files_")]
+    found = [f"--task_feature_lengths={lengths}"]
+    for name in names:
+        value = getattr(own, name)
+        if value == fields[name]:
+            continue
+        flag = "module" if name == "mixture_or_task_module" else name
+        found.append(f"--{flag}" if value is True else f"--{flag}={value}")
+    return found if config.pack else [*found, "--no_pack"]

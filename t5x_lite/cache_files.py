@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -161,11 +162,47 @@ def check_same(directory: epath.Path, old: Settings, new: Settings) -> None:
 def differences(old: Settings, new: Settings, names: Sequence[str] | None = None) -> list[str]:
     """What differs: "seed: 0 -> 1". Of `names` alone, if given."""
     before, after = (json.loads(_to_json(dataclasses.asdict(s))) for s in (old, new))
-    return [
-        f"{name}: {_short(before[name])} -> {_short(after[name])}"
-        for name in (before if names is None else names)
-        if before[name] != after[name]
-    ]
+    found: list[str] = []
+    for name in before if names is None else names:
+        if before[name] == after[name]:
+            continue
+        if name == "vocabularies":
+            found += _vocabulary_differences(before[name], after[name])
+        elif name == "source" and _is_digest(before[name]) and _is_digest(after[name]):
+            found.append("the source's files have changed since it was made")
+        else:
+            found.append(f"{name}: {_short(before[name])} -> {_short(after[name])}")
+    return found
+
+
+def _vocabulary_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One for all features, if they are alike in that."""
+    found = {}
+    for feature in sorted(old | new):
+        before, after = old.get(feature), new.get(feature)
+        if before == after:
+            continue
+        words = [_vocabulary(value) for value in (before, after)]
+        if words[0] == words[1]:  # they differ in something that is rarely of interest
+            words = [_short(value) for value in (before, after)]
+        found[feature] = " -> ".join(words)
+    if set(found) == set(old) == set(new) and len(set(found.values())) == 1:
+        return [f"vocabulary: {next(iter(found.values()))}"]
+    return [f"vocabulary of {feature}: {words}" for feature, words in found.items()]
+
+
+def _vocabulary(description: dict[str, Any] | None) -> str:
+    """ "SentencePiece 9fee7303 (180 ids)"."""
+    if description is None:
+        return "none"
+    kinds = {"ByteVocabulary": "bytes", "SentencePieceVocabulary": "SentencePiece"}
+    kind = kinds.get(description["class"], description["class"])
+    digest = f" {description['sha256'][:8]}" if description["sha256"] else ""
+    return f"{kind}{digest} ({description['size']} ids)"
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
 
 
 def _short(value: Any) -> str:
@@ -218,17 +255,25 @@ def read_manifest(directory: epath.Path) -> Manifest | None:
     return Manifest(Settings(**content["settings"]), shards)
 
 
-def open_complete(cache: epath.PathLike, task: str, split: str) -> tuple[epath.Path, Manifest]:
+def open_complete(
+    cache: epath.PathLike, task: str, split: str, flags: Sequence[str] = ()
+) -> tuple[epath.Path, Manifest]:
     """The directory and the manifest of a complete cache, whose files have their sizes.
 
     What is in the files is checked as it is read: each record has a checksum of its own.
+
+    Args:
+      cache: the directory of caches.
+      task: the name of the task.
+      split: of the task.
+      flags: of the command that would make it, for the message that there is none.
 
     Raises:
       UsageError: there is no such cache.
       CacheError: a file is missing, or has another size.
     """
     directory = directory_of(cache, task, split)
-    command = f"`python -m t5x_lite cache {task} --output_dir={cache} --split={split}`"
+    words = ["python", "-m", "t5x_lite", "cache", task, f"--output_dir={cache}", *flags]
     manifest = read_manifest(directory)
     if manifest is None:
         if directory.exists():
@@ -237,6 +282,11 @@ def open_complete(cache: epath.PathLike, task: str, split: str) -> tuple[epath.P
                 "began it goes on with it"
             )
         root = epath.Path(cache)
+        if meant := _too_deep(root, task, split):
+            raise UsageError(
+                f"CACHE_DIR = {str(cache)!r} has the rows of one task; did you mean CACHE_DIR = "
+                f"{meant!r}?"
+            )
         known = [
             path.parent.parent.name
             for path in (root.glob(f"*/{split}/{MANIFEST}") if root.exists() else ())
@@ -244,7 +294,7 @@ def open_complete(cache: epath.PathLike, task: str, split: str) -> tuple[epath.P
         hint = f" ({nearest(task, known)})" if known else ""
         raise UsageError(
             f"CACHE_DIR = {str(cache)!r} has no split {split!r} of {task}{hint}; make it with "
-            f"{command}"
+            f"`{shlex.join(words)}`"
         )
 
     def problem(index: int) -> str | None:
@@ -258,8 +308,30 @@ def open_complete(cache: epath.PathLike, task: str, split: str) -> tuple[epath.P
         problems = [p for p in pool.map(problem, range(len(manifest.shards))) if p]
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise CacheError(f"{problems[0]}{more}: the command that made it, {command}, repairs it")
+        words += _flags_of(manifest.settings)
+        raise CacheError(
+            f"{problems[0]}{more}: the command that made it, `{shlex.join(words)}`, repairs it"
+        )
     return directory, manifest
+
+
+def _too_deep(root: epath.Path, task: str, split: str) -> str | None:
+    """The directory of caches, if `root` is that of a task or a split in it."""
+    if root.name == task:
+        meant = root.parent
+    elif root.name == split and root.parent.name == task:
+        meant = root.parent.parent
+    else:
+        return None
+    return str(meant) if (directory_of(meant, task, split) / MANIFEST).exists() else None
+
+
+def _flags_of(settings: Settings) -> list[str]:
+    """What a run does not know of the command that made its cache."""
+    numbers = {"num_passes": settings.num_passes, "seed": settings.seed}
+    defaults = {"num_passes": 1, "seed": 0}
+    given = {name: v for name, v in numbers.items() if v != defaults[name]}
+    return [f"--{name}={v}" for name, v in (given | {"num_shards": settings.num_shards}).items()]
 
 
 def digest(path: epath.Path) -> str:

@@ -37,16 +37,16 @@ def done(*command: str | pathlib.Path, **options: Any) -> subprocess.CompletedPr
     )
 
 
-def shown(script: str, *arguments: str) -> list[str]:
+def shown(script: str, *arguments: str, **options: Any) -> list[str]:
     """The lines that a launcher prints."""
-    found = done(sys.executable, REPO / "launch" / script, *arguments)
+    found = done(sys.executable, REPO / "launch" / script, *arguments, **options)
     assert found.returncode == 0, found.stderr
     return found.stdout.splitlines()
 
 
-def refusal(script: str, *arguments: str) -> str:
+def refusal(script: str, *arguments: str, **options: Any) -> str:
     """The last line of what a launcher says against its arguments."""
-    found = done(sys.executable, REPO / "launch" / script, *arguments)
+    found = done(sys.executable, REPO / "launch" / script, *arguments, **options)
     assert found.returncode == 2 and not found.stdout
     return found.stderr.splitlines()[-1]
 
@@ -56,7 +56,7 @@ def launch(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
     """Imports a module of launch/, as its scripts do."""
     monkeypatch.syspath_prepend(REPO / "launch")
     yield importlib.import_module
-    for name in ("tpu_vm", "tpu_target", "gke_jobset"):
+    for name in ("tpu_vm", "tpu_target", "gke_jobset", "command_line"):
         sys.modules.pop(name, None)
 
 

@@ -1,8 +1,12 @@
 """The verb `cache`: the task's own rows, in the same files whoever makes them, killed or not."""
 
 import collections
+import dataclasses
+import hashlib
 import itertools
 import pathlib
+import re
+import shlex
 import signal
 import time
 
@@ -296,6 +300,7 @@ def test_an_object_store(toy, tmp_path, monkeypatch):
         ("toy_last_word", {"beam_options": "--runner=X"}, "Apache Beam is not installed (No mo"),
         ("toy_last_word", {"seed": -1}, "--seed=-1: must be at least 0"),
         ("toy_last_word", {"task_feature_lengths": "inputs=8"}, "has no length for 'targets'"),
+        ("toy_bytes", {}, "--vocabulary_file has no effect on toy_bytes, which has its own vocab"),
     ],
 )
 def test_what_cannot_be_cached(toy, tmp_path, capfd, task, flags, expected):
@@ -344,6 +349,39 @@ def test_other_settings_than_it_was_made_with(toy, tmp_path, capfd):
     (directory / "manifest.json").unlink()
     assert main(toy(tmp_path, no_pack=True)) == 2
     assert "other settings: packed: True -> False" in capfd.readouterr().err
+
+
+def test_differences_are_readable(toy, tmp_path, capfd):
+    """Vocabularies by kind, digest and size; digests of a source not at all."""
+    assert main(toy(tmp_path)) == 0
+    assert main(toy(tmp_path, vocabulary_file="bytes")) == 2
+    content = (tmp_path / SPLIT / "vocabulary.model").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    error = capfd.readouterr().err
+    assert f"vocabulary: SentencePiece {digest} (140 ids) -> bytes (259 ids). Give" in error
+    made = opened(tmp_path).settings
+    old, new = (dataclasses.replace(made, source=c * 64) for c in "ab")
+    assert cache_files.differences(old, new) == [
+        "the source's files have changed since it was made"
+    ]
+    old, new = (dataclasses.replace(made, source=f"c4/en:3.{i}.0") for i in (0, 1))
+    assert cache_files.differences(old, new) == ["source: 'c4/en:3.0.0' -> 'c4/en:3.1.0'"]
+    inputs = made.vocabularies["inputs"]
+    new = dataclasses.replace(
+        made, vocabularies={**made.vocabularies, "inputs": inputs | {"size": 9}}
+    )
+    assert cache_files.differences(made, new) == [
+        f"vocabulary of inputs: SentencePiece {digest} (140 ids) -> SentencePiece {digest} (9 ids)"
+    ]
+
+
+def test_it_says_how_to_train(toy, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(toy("caches")) == 0
+    assert capfd.readouterr().out.endswith("""\ntrain with --gin.CACHE_DIR="'caches'"\n""")
+    assert main(toy("my caches", no_pack=True)) == 0
+    (said,) = re.findall("train with (.*)\n", capfd.readouterr().out)
+    assert shlex.split(said) == ["--gin.CACHE_DIR='my caches'", "--gin.DataConfig.pack=False"]
 
 
 def test_two_commands_at_once(toy, tmp_path, capfd):

@@ -1,10 +1,14 @@
 """A run on a cache: interrupted or not it is the same, and it refuses rows that are not its own."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
+from etils.epath import gpath
 from small_run import assert_same_state, metric_lines, train_argv
+from test_metrics import ObjectStore
 
 from t5x_lite import wrap_up
 from t5x_lite.__main__ import main
@@ -75,6 +79,10 @@ def test_the_dry_run_reads_the_cache(cache_dir, tmp_path, capsys):
         ),
         ({"DataConfig.pack": False}, "(cache -> run): packed: True -> False. Cache the task"),
         (
+            {"CACHE_DIR": f"nowhere/{TASK}/train"},
+            f"CACHE_DIR = 'nowhere/{TASK}/train' has no split 'train' of {TASK}; make it",
+        ),
+        (
             {"MIXTURE_OR_TASK_NAME": "python_docs_iid_denoising"},
             "has no split 'train' of python_docs_iid_denoising (did you mean",
         ),
@@ -88,6 +96,80 @@ def test_a_run_that_the_cache_does_not_fit(cache_dir, tmp_path, capfd, bindings,
     error = capfd.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def hint(error: str) -> list[str]:
+    """The arguments of the command that a message tells to give."""
+    words = shlex.split(re.search("make it with `(.*)`", error)[1])
+    assert words[:3] == ["python", "-m", "t5x_lite"]
+    return words[3:]
+
+
+def test_the_hint_is_the_command_of_the_run(shared_data, tmp_path, capfd):
+    """Given as it is said, it makes the cache that the run then takes."""
+    bindings = {
+        "CACHE_DIR": str(tmp_path / "my caches"),
+        "MIXTURE_OR_TASK_NAME": "text_files_span_corruption",
+        "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 20},
+        "DataConfig.pack": False,
+        "VOCABULARY_FILE": "bytes",
+        "TEXT_FILES_PATTERN": str(tmp_path / "*.txt"),
+        "TEXT_FILES_VALIDATION_SHARE": 0.1,
+        "TEXT_FILES_SKIP_CORRUPT_LINES": True,
+    }
+    text = "".join(f"this is the line with the number {i} of them all\n" for i in range(200))
+    (tmp_path / "corpus.txt").write_text(text)
+    command = [*argv(tmp_path / "run", "", **bindings), "--dry_run"]
+    assert main(command) == 2
+    words = hint(capfd.readouterr().err)
+    assert words == [
+        *("cache", "text_files_span_corruption", f"--output_dir={tmp_path / 'my caches'}"),
+        *("--task_feature_lengths=inputs=64,targets=20", "--vocabulary_file=bytes"),
+        *(f"--text_files_pattern={tmp_path / '*.txt'}", "--text_files_validation_share=0.1"),
+        *("--text_files_skip_corrupt_lines", "--no_pack"),
+    ]
+    assert main([*words, "--num_processes=1"]) == 0
+    assert main(command) == 0, capfd.readouterr().err
+
+
+def test_the_hint_leaves_out_a_vocabulary_that_is_not_used(tmp_path, capfd):
+    bindings = {"CACHE_DIR": str(tmp_path), "VOCABULARY_FILE": "bytes"}
+    assert main([*argv(tmp_path / "run", "", **bindings), "--dry_run"]) == 2
+    words = hint(capfd.readouterr().err)
+    assert words == [
+        *("cache", TASK, f"--output_dir={tmp_path}", "--task_feature_lengths=inputs=32,targets=16")
+    ]
+
+
+@pytest.mark.parametrize("below", [TASK, f"{TASK}/train", f"{TASK}/train/"])
+def test_a_directory_too_deep(cache_dir, tmp_path, capfd, below):
+    assert main([*argv(tmp_path / "run", f"{cache_dir}/{below}"), "--dry_run"]) == 2
+    error = capfd.readouterr().err
+    assert f"did you mean CACHE_DIR = '{cache_dir}'?" in error and error.count("\n") == 1
+
+
+def test_a_bucket_that_cannot_be_read(tmp_path, monkeypatch, capfd):
+    class Refused(ObjectStore):
+        def exists(self, path):
+            raise RuntimeError("permission denied\non the second line")
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Refused())
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    assert main([*argv(tmp_path / "run", "gs://bucket/caches"), "--dry_run"]) == 2
+    error = capfd.readouterr().err
+    assert "CACHE_DIR = 'gs://bucket/caches' cannot be read: permission denied\n" in error
+    assert error.count("\n") == 1
+
+
+def test_a_repair_is_the_command_that_made_it(cache_dir, tmp_path, capfd):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache_dir, copy)
+    (copy / TASK / "train" / "rows-00001-of-00002.array_record").unlink()
+    command = [*argv(tmp_path / "run", copy), "--dry_run"]
+    assert main(command) == 1
+    said = re.search("the command that made it, `(.*)`, repairs it", capfd.readouterr().err)[1]
+    assert main([*shlex.split(said)[3:], "--num_processes=1"]) == 0
+    assert main(command) == 0
 
 
 def test_a_run_does_not_change_between_cache_and_stream(begun, capfd):

@@ -16,13 +16,13 @@ from t5x_lite import gin_utils
 
 __all__ = ["stand_ins"]  # a fixture
 
-# Stands in for t5x_lite: shows what it got, then does what its verb says.
+# Stands in for t5x_lite: shows what it got, then does what its second argument says.
 PROGRAM = """
 import json, os, signal, sys, time
 names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
 print(json.dumps([sys.argv[1:], {n: os.environ[n] for n in names if n in os.environ}]))
 print("two", file=sys.stderr)
-verb, process = sys.argv[1], sys.argv[-1].removeprefix("--process_id=")
+what, process = sys.argv[2], sys.argv[-1].removeprefix("--process_id=")
 
 def save(number, frame):
     print("saved")
@@ -30,11 +30,11 @@ def save(number, frame):
 
 signal.signal(signal.SIGTERM, save)
 print("ready")
-if verb == "fail_in_1" and process == "1":
+if what == "fail_in_1" and process == "1":
     sys.exit(3)
-if verb == "die_in_1" and process == "1":
+if what == "die_in_1" and process == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-if verb != "end":
+if what != "end":
     time.sleep(60)
 """
 
@@ -44,17 +44,19 @@ if verb != "end":
 def test_local_dry_run():
     lines = shown(
         *("local.py", "--num_processes=2", "--cpu_devices=4", "--dry_run"),
-        *("train", "--gin_file=a b.gin", "--dry_run"),
+        *("train", "--gin_file=gs://a b.gin", "--x"),
     )
     for i, line in enumerate(lines):
         address = re.search(r"--coordinator_address=(127\.0\.0\.1:\d+)", lines[0])[1]
         assert line == (
             f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 {sys.executable} -m t5x_lite train "
-            f"'--gin_file=a b.gin' --dry_run --coordinator_address={address} --num_processes=2 "
+            f"'--gin_file=gs://a b.gin' --x --coordinator_address={address} --num_processes=2 "
             f"--process_id={i}"
         )
     lines = shown("local.py", "--num_processes=3", "--gpus", "--dry_run", "train")
-    assert [line.split()[0] for line in lines] == [f"CUDA_VISIBLE_DEVICES={i}" for i in range(3)]
+    assert [line.split()[:2] for line in lines] == [
+        ["JAX_PLATFORMS=cuda", f"CUDA_VISIBLE_DEVICES={i}"] for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,19 +65,24 @@ def test_local_dry_run():
         (("--num_processes=2", "--cpu_devices=1"), "say what to run"),
         (("--num_processes=2", "train"), "--cpu_devices --gpus is required"),
         (("--num_processes=0", "--gpus", "train"), "at least 1"),
+        (("--num_processes=1", "--gpus", "trian"), "'trian' is no verb of t5x_lite that is run h"),
+        (("--num_processes=1", "--gpus", "plan"), "it is one of train, eval, infer"),
+        (("--num_processes=1", "--gpus", "eval", "--dry_run"), "put it before 'eval'"),
+        (("--num_processes=1", "--gpus", "train", "--gin_file=no.gin"), "no.gin: no such file in"),
+        (("--num_processes=1", "--gpus", "train", "--gin_file", "/no.gin"), "/no.gin: no such"),
     ],
 )
 def test_local_refuses(arguments, expected):
     assert expected in refusal("local.py", *arguments)
 
 
-def start_local(repo, tmp_path, verb: str) -> subprocess.Popen[str]:
+def start_local(repo, tmp_path, what: str) -> subprocess.Popen[str]:
     """Two processes of PROGRAM behind local.py."""
     (tmp_path / "t5x_lite").mkdir()
     (tmp_path / "t5x_lite" / "__main__.py").write_text(PROGRAM)
     launcher = repo / "launch" / "local.py"
     return subprocess.Popen(
-        [sys.executable, launcher, "--num_processes=2", "--cpu_devices=3", verb, "--x"],
+        [sys.executable, launcher, "--num_processes=2", "--cpu_devices=3", "train", what],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -90,16 +97,25 @@ def test_local_starts_all_and_marks_their_lines(repo, tmp_path):
     for i in range(2):
         first, second = [line for line in out.splitlines() if line.startswith(f"[{i}] ")]
         argv, environment = json.loads(first[4:])
-        assert argv[:2] == ["end", "--x"] and argv[3:] == ["--num_processes=2", f"--process_id={i}"]
+        assert argv[:2] == ["train", "end"] and argv[3:] == [
+            "--num_processes=2",
+            f"--process_id={i}",
+        ]
         assert environment == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "3"}
         assert second == f"[{i}] ready"
 
 
-@pytest.mark.parametrize(("verb", "code"), [("fail_in_1", 3), ("die_in_1", 128 + signal.SIGKILL)])
-def test_local_ends_all_when_one_fails(repo, tmp_path, verb, code):
-    out, error = (process := start_local(repo, tmp_path, verb)).communicate(timeout=30)
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("fail_in_1", 3, "process 1 ended with exit code 3; ending the others"),
+        ("die_in_1", 128 + signal.SIGKILL, "process 1 was killed by signal 9; ending the others"),
+    ],
+)
+def test_local_ends_all_when_one_fails(repo, tmp_path, what, code, said):
+    out, error = (process := start_local(repo, tmp_path, what)).communicate(timeout=30)
     assert process.returncode == code
-    assert "process 1 failed" in error
+    assert f"local.py: {said}\n" in error
     # The other one was told, unless that was before it could listen.
     assert "[0] saved" in out or "[0] ready" not in out
     assert "[1] saved" not in out
@@ -116,7 +132,21 @@ def test_local_hands_signals_on(repo, tmp_path, number):
     out, error = process.communicate(timeout=30)
     assert process.returncode == 143
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
-    assert "failed" not in error
+    assert "local.py" not in error
+
+
+def test_local_finds_gin_files_where_t5x_lite_does(tmp_path):
+    """In the current directory, in the search paths, in the checkout, and where an absolute is."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.gin", "sub/b.gin"):
+        (tmp_path / name).write_text("")
+    files = ("a.gin", "b.gin", "gin_configs/runs/pretrain.gin", tmp_path / "a.gin", "gs://b/c.gin")
+    flags = [f"--gin_file={file}" for file in files]
+    shown(
+        *("local.py", "--num_processes=1", "--gpus", "--dry_run", "train"),
+        *("--gin_search_paths=no,sub", *flags),
+        cwd=tmp_path,
+    )
 
 
 def test_local_stops_a_run_of_two_processes(repo, tmp_path):
@@ -194,7 +224,8 @@ def test_container_file(repo):
     assert copied and all((repo / source).exists() for source in copied)
     assert "-c constraints.txt" in text
     ignored = (repo / "launch" / "Dockerfile.dockerignore").read_text().split()
-    assert {".git", ".venv", "runs"} <= set(ignored)
+    by_git = (repo / ".gitignore").read_text().split()
+    assert {".git", *(line.strip("/") for line in by_git if line.startswith("/"))} <= set(ignored)
 
 
 @pytest.mark.parametrize(("extra", "expected"), [("", "."), ("tpu", ".[tpu]"), ("cuda", ".[cuda]")])
@@ -229,8 +260,12 @@ def test_commands_of_the_page(repo, page):
         script, arguments = repo / words[scripts[0]], words[scripts[0] + 1 :]
         if script.name == "tpu_vm.py":
             arguments.insert(1, "--dry_run")
-        elif script.name != "gke_jobset.py":
+        else:
             arguments.insert(0, "--dry_run")
+        arguments = [
+            word if word != "--gin_file=pod.gin" else "--gin_file=gin_configs/runs/pretrain.gin"
+            for word in arguments
+        ]
         program = "bash" if script.suffix == ".sbatch" else sys.executable
         found = done(program, script, *arguments)
         assert found.returncode == 0 and found.stdout, found.stderr

@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 import yaml
-from launchers import answers, calls, done, launch, refusal, shown, stand_ins
+from launchers import REPO, answers, calls, done, launch, refusal, shown, stand_ins
 
 from t5x_lite.errors import UsageError
 from t5x_lite.plan.targets import parse_target as plan_target
@@ -131,6 +131,30 @@ def test_tpu_targets_are_those_of_plan(launch):
     assert taken.isdisjoint(refused)
 
 
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ((), "say what to run"),
+        (("trian",), "did you mean 'train'?"),
+        (("train", "--dry_run"), "--dry_run is the launcher's: put it before 'train'"),
+        (("train", "--gin_file=gs://b/a.gin", "--gin_file=pod.gin"), "=pod.gin: no such file in"),
+        (("train", f"--gin_file={REPO}/pod.gin"), "give --gin_file=pod.gin"),
+    ],
+)
+def test_tpu_run_refuses_before_it_asks_for_a_tpu(stand_ins, tmp_path, command, expected):
+    """Wherever the launcher is started: the gin files have to be in what is copied."""
+    (tmp_path / "pod.gin").write_text("")
+    words = ("tpu_vm.py", "run", *PLACE, "--target=v5e:4x4", *command)
+    assert expected in refusal(*words, cwd=tmp_path)
+    assert not calls(stand_ins)
+
+
+def test_tpu_status_and_delete_take_the_line_of_the_others():
+    for action in ("status", "delete"):
+        words = ("tpu_vm.py", action, *PLACE, "--target=v5e:4x4", "--dry_run")
+        assert f"queued-resources {'list' if action == 'status' else action}" in shown(*words)[0]
+
+
 @pytest.fixture
 def tpu(launch, stand_ins, tmp_path, monkeypatch):
     """A Tpu of tpu_vm.py in front of the gcloud that stands in, and a checkout to be copied."""
@@ -145,6 +169,23 @@ def tpu(launch, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(tpu_vm, "POLL_SECONDS", 0)
     monkeypatch.setattr(tpu_vm, "REPO", checkout)
     return tpu_vm.Tpu("xl", ["--zone=z"], dry_run=False, nodes=["xl"], shape=["--spot"])
+
+
+def test_tpu_run_refuses_to_copy_data(launch, tpu, stand_ins, tmp_path, capfd):
+    """More than 100 MB, unless git ignores it; before anything is asked for."""
+    for name, size in (("my_data/rows", 60), ("my_data/more", 39), ("big", 2), ("runs", 500)):
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size * 1_000_000)
+    with pytest.raises(SystemExit) as exit:
+        launch("tpu_vm").run(tpu, ["train"])
+    assert exit.value.code == 2 and not calls(stand_ins)
+    expected = "101.0 MB would be copied to every host, more than 100; the largest: my_data 99.0 MB"
+    assert f"{expected}, big 2.0 MB" in capfd.readouterr().err
+    (tmp_path / "checkout" / "big").unlink()
+    assert tpu.install() == 0
+    assert "tpu_vm.py: 99.0 MB of this checkout are copied" in capfd.readouterr().err
 
 
 def told(stand_ins) -> list[str]:
@@ -309,6 +350,8 @@ def test_tpu_start_passes_arguments_on_and_starts_one(tmp_path):
 
 # ---- gke_jobset.py -------------------------------------------------------------------------------
 
+GKE = ("--name=xl", "--target=v5e:4x4", "--image=example.com/t5x_lite:1", "--queue=q")
+
 
 def manifest(target: str, *command: str) -> dict:
     lines = shown(
@@ -346,7 +389,8 @@ def test_gke_manifest():
     assert container["image"] == "example.com/t5x_lite:1"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["command"] == [
-        *("python", "-m", "t5x_lite", "train", "--gin.MODEL_DIR='gs://b/x: y'", "--distributed"),
+        *("python", "-m", "t5x_lite", "train", "--distributed", "--distributed_timeout=600"),
+        "--gin.MODEL_DIR='gs://b/x: y'",
     ]
 
 
@@ -389,7 +433,7 @@ def test_gke_dollars_are_the_programs_own():
     found = manifest("v5e:4x4", "train", "--gin.A='$(HOME) $1'")
     job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     command = job["template"]["spec"]["containers"][0]["command"]
-    assert command[4] == "--gin.A='$$(HOME) $$1'"
+    assert command[-1] == "--gin.A='$$(HOME) $$1'"
 
 
 @pytest.mark.parametrize(
@@ -418,10 +462,17 @@ def test_gke_node_pools(target, machine_type, nodes, topology):
     [
         (("--name=XL", "--target=v5e:4x4"), "small letters"),
         (("--name=xl", "--target=v5e:4x4", "train"), "give --image, --queue"),
+        ((*GKE, "plan"), "'plan' is no verb of t5x_lite that is run here"),
+        ((*GKE, "train", "--gin_file=pod.gin"), "--gin_file=pod.gin: no such file in"),
     ],
 )
 def test_gke_refuses(arguments, expected):
     assert expected in refusal("gke_jobset.py", *arguments)
+
+
+def test_gke_dry_run_changes_nothing():
+    lines = [shown("gke_jobset.py", *GKE, *flags, "train") for flags in ((), ("--dry_run",))]
+    assert lines[0] == lines[1]
 
 
 def test_kueue_admits_what_the_page_asks_for(repo):
