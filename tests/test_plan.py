@@ -35,6 +35,7 @@ def run(*flags: str) -> str:
     process = start("-m", "t5x_lite", *ARGV, *flags)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
+    assert "compiling " in error  # before minutes without a word
     return out
 
 
@@ -76,7 +77,8 @@ def test_gpus(tmp_path):
         "--co2_kg_per_kwh",
         "--efficiency",
     }
-    for words in ("fsdp 2 x model 2", "virtual devices", "fits: ", "all-reduce", "chip-hours"):
+    peak = "the peak is bfloat16's: operations take at least twice as long"  # DTYPE is float32
+    for words in ("fsdp 2 x model 2", "virtual devices", "fits: ", "all-reduce", "hours", peak):
         assert words in out
     assert all(a["flag"] in out for a in values["assumptions"])
 
@@ -115,7 +117,8 @@ def test_a_run_that_a_tpu_has_no_room_for(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], "give --gin_file and --target"),
+        ([], "--target is missing: a slice like v5e:4x4, 2xv5e:16x16, or GPUs like h100:8"),
+        (["--target=h100:1", "--max_compiles=3"], "--max_compiles=3 has no effect on a single"),
         (["--target=v5e:3x3"], "v5e has no slice of 3x3; known: "),
         (["--target=h100:1", "--gin.MESH={'fsdp': 2}"], "is 2 devices, but there are 1"),
         (["--target=h100:1", "--json=no/such/plan.json"], "--json=no/such/plan.json: cannot be"),
@@ -130,3 +133,11 @@ def test_arguments_that_are_wrong(capfd, flags, expected):
     error = capfd.readouterr().err
     assert expected in error
     assert error.startswith("t5x_lite: ") and error.count("\n") == 1
+    assert "\\" not in error
+
+
+def test_without_gin_files(capfd):
+    assert main(["plan", "--target=h100:1"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("t5x_lite: --gin_file is missing: for example --gin_file=gin_configs/")
+    assert error.count("\n") == 1 and "\\" not in error

@@ -14,6 +14,7 @@ from t5x_lite.models.config import T5Config
 from t5x_lite.optimizers import OptimizerConfig
 from t5x_lite.plan import cost, search, show
 from t5x_lite.plan.chips import GIB, chip_of
+from t5x_lite.plan.program import Flops
 from t5x_lite.plan.targets import parse_target
 from t5x_lite.run_config import DataConfig, TrainConfig
 from t5x_lite.step import LossConfig
@@ -307,6 +308,46 @@ def test_warnings_are_printed_in_a_line_each(capsys):
     out = capsys.readouterr().out
     assert "\nwarning: the trip count of x is unknown\nwarning: long and longer" in out
     assert "longer ..." in " ".join(out.split())
+
+
+def printed_program(capsys, config: TrainConfig, target=TARGET, **changes) -> str:
+    plan = cost.make_plan(program(**changes), config, target, chip_of(target.kind), cost.Rates())
+    show.print_plan(plan, config, target, chip_of(target.kind), cost.Rates())
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "dcn_mesh", "expected"),
+    [
+        ("2xv5e:4x4", {"data": 2, "fsdp": 16}, None, "across slices data 2 batch"),
+        ("2xv5e:4x4", {"data": 1, "fsdp": 32}, None, "across slices fsdp 2 batch"),
+        ("4xv5e:4x4", {"data": 2, "fsdp": 32}, None, "across slices data 2 x fsdp 2 batch"),
+        ("2xv5e:4x4", {"data": 2, "fsdp": 16}, {"fsdp": 2}, "across slices fsdp 2 batch"),
+        ("h100:16", {"data": 2, "fsdp": 8}, None, "across hosts data 2 batch"),
+        ("v5e:4x4", {"data": 2, "fsdp": 8}, None, "mesh data 2 x fsdp 8 batch"),
+    ],
+)
+def test_what_lies_across_slices_is_said(capsys, name, mesh, dcn_mesh, expected):
+    config = dataclasses.replace(CONFIG, dcn_mesh=dcn_mesh)
+    assert expected in printed_program(capsys, config, parse_target(name), mesh=mesh)
+
+
+def test_float32_is_said_not_to_have_the_peak(capsys):
+    words = "computed in float32 the peak is bfloat16's: TPUs round what they multiply"
+    assert words in printed_program(capsys, CONFIG)
+    model = dataclasses.replace(CONFIG.model, dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, model=model)
+    assert "the peak is" not in printed_program(capsys, config)
+
+
+def test_what_costs_next_to_nothing_has_digits(capsys):
+    """A step of a second at the bound; a run of ten steps on one chip is 10 / 3600 hours."""
+    flops = Flops(model=10**12, program=10**12, per_device=int(CHIP.peak_flops.value))
+    target = parse_target("v5e:1x1")
+    out = printed_program(capsys, CONFIG, target, flops=flops, collectives=())
+    assert " v5e:1x1: 1 chip compiled by" in out
+    assert " hours 0.00278 0.00556 " in out
+    assert " dollars 0.00333 0.00667 " in out
 
 
 def test_flags_of_the_best_layout_make_it_again():

@@ -15,6 +15,7 @@ from t5x_lite.plan.targets import KINDS, parse_target
     [
         ("v5e:16x16", "v5e", 256, 256, 1, 4),
         ("V5E:2x4", "v5e", 8, 8, 1, 8),
+        ("2Xv5p:4X4X4", "v5p", 128, 128, 2, 4),
         ("v6e:1x1", "v6e", 1, 1, 1, 1),
         ("2xv5e:16x16", "v5e", 512, 512, 2, 4),
         ("v4:4x4x4", "v4", 64, 64, 1, 4),

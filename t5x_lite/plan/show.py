@@ -1,6 +1,7 @@
 """A plan as tables for a person, and as JSON."""
 
 import dataclasses
+import math
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -103,7 +104,7 @@ def print_refused(memory: Memory, fit: Fit, config: TrainConfig, target: Target)
     """Writes what is known of a step that the compiler refused for want of memory."""
     console = _console()
     config = dataclasses.replace(config, mesh=config.mesh or {"data": target.num_devices})
-    _print(console, "program", [], [("target", _target_words(target)), *_layout_rows(config)])
+    _print(console, "program", [], [_target_row(target), *_layout_rows(config, target)])
     _print(console, _memory_title(target), ["", ""], memory_rows(memory))
     console.print(f"{fit.sentence}\n")
 
@@ -158,33 +159,67 @@ def _program_rows(plan: Plan, config: TrainConfig, target: Target) -> list[Row]:
     program = plan.program
     config = dataclasses.replace(config, mesh=program.mesh)
     return [
-        ("target", _target_words(target)),
+        _target_row(target),
         ("compiled by", program.compiled_by),
-        *_layout_rows(config),
+        *_layout_rows(config, target),
+        *_float32_rows(config, target),
         ("lowered in", f"{program.lower_seconds:.1f} s"),
         ("compiled in", f"{program.compile_seconds:.1f} s"),
         ("memory of this machine", binary_bytes(program.host_bytes)),
     ]
 
 
-def _target_words(target: Target) -> str:
-    return f"{target.name}: {target.num_chips} chips"
+def chip_words(target: Target) -> str:
+    """How many it has: "16 chips"."""
+    return f"{target.num_chips} {'chip' if target.num_chips == 1 else 'chips'}"
+
+
+def _target_row(target: Target) -> Row:
+    return ("target", f"{target.name}: {chip_words(target)}")
 
 
 def _memory_title(target: Target) -> str:
     return f"memory of a {'chip' if target.devices_per_chip == 1 else 'device, half a chip'}"
 
 
-def _layout_rows(config: TrainConfig) -> list[Row]:
+def _layout_rows(config: TrainConfig, target: Target) -> list[Row]:
     data = config.data
     lengths = ", ".join(f"{k} {v}" for k, v in data.task_feature_lengths.items())
     return [
         ("mesh", mesh_words(config.mesh or {})),
+        *_slice_rows(config, target),
         ("batch", f"{data.batch_size} rows ({lengths})"),
         ("microbatches", str(config.loss.num_microbatches)),
         ("remat policy", config.model.remat_policy),
         ("computed in", config.model.dtype),
     ]
+
+
+def _slice_rows(config: TrainConfig, target: Target) -> list[Row]:
+    """What lies across the slices (GPUs: hosts), if there are several."""
+    if target.num_slices == 1:
+        return []
+    across = config.dcn_mesh
+    if across is None:  # as `partitioning.make_partitioning` lays it out
+        data = math.gcd((config.mesh or {}).get("data", 1), target.num_slices)
+        across = {"data": data, "fsdp": target.num_slices // data}
+    return [(f"across {'hosts' if target.is_gpu else 'slices'}", mesh_words(across))]
+
+
+def _float32_rows(config: TrainConfig, target: Target) -> list[Row]:
+    """What bfloat16's peak means for a run in float32, at the precision that JAX takes by default.
+
+    As `jax.lax.Precision` has it: TensorFloat-32 on GPUs, at half the rate of bfloat16.
+    """
+    if config.model.dtype != "float32":
+        return []
+    flag = "--gin.DTYPE=\"'bfloat16'\""
+    words = (
+        f"operations take at least twice as long as this; {flag}"
+        if target.is_gpu
+        else f"TPUs round what they multiply to it; activations are half the size with {flag}"
+    )
+    return [("", f"the peak is bfloat16's: {words}")]
 
 
 def mesh_words(mesh: Mapping[str, int]) -> str:
@@ -239,7 +274,7 @@ def _bound_rows(bound: Bound, target: Target) -> list[Row]:
 def _cost_rows(*costs: RunCost) -> list[Row]:
     def row(words: str, field: str) -> Row:
         values = [getattr(cost, field) for cost in costs]
-        return (words, *("?" if v is None else three_digits(v) for v in values))
+        return (words, *("?" if v is None else _three_significant(v) for v in values))
 
     return [
         ("a step", *(duration(cost.seconds_per_step) for cost in costs)),
@@ -252,6 +287,11 @@ def _cost_rows(*costs: RunCost) -> list[Row]:
         row("kWh", "kwh"),
         row("kg of CO2e", "co2_kg"),
     ]
+
+
+def _three_significant(value: float) -> str:
+    """`three_digits`, and of less than 1 as many decimals as that takes: "0.000572"."""
+    return three_digits(value) if abs(value) >= 1 else f"{value:#.3g}"
 
 
 def _console() -> rich.console.Console:

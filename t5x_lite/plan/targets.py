@@ -56,7 +56,7 @@ GPUS_PER_HOST = {"a100": 8, "h100": 8, "h200": 8}
 
 KINDS = (*_TPUS, *GPUS_PER_HOST)
 
-_TARGET = re.compile(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", re.IGNORECASE)
+_TARGET = re.compile(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)")
 _NOTATION = "write 'v5e:16x16', '2xv5e:16x16' for two slices, or 'h100:64'"
 
 
@@ -177,13 +177,13 @@ def parse_target(text: str) -> Target:
     Raises:
       UsageError: no such chip or shape, with those that are known.
     """
-    match = _TARGET.fullmatch(text.strip())
+    match = _TARGET.fullmatch(text.strip().lower())
     if match is None:
         raise UsageError(f"--target={text}: {_NOTATION}")
-    num_slices, kind = int(match[1] or 1), match[2].lower()
+    num_slices, kind = int(match[1] or 1), match[2]
     topology = tuple(int(n) for n in match[3].split("x"))
     if kind not in KINDS:
-        raise UsageError(f"--target={text}: unknown chip {match[2]!r}; {nearest(kind, KINDS)}")
+        raise UsageError(f"--target={text}: unknown chip {kind!r}; {nearest(kind, KINDS)}")
     if min(num_slices, *topology) < 1:
         raise UsageError(f"--target={text}: counts must be at least 1")
     if kind in GPUS_PER_HOST:

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from t5x_lite.plan.targets import Target
     from t5x_lite.run_config import TrainConfig
 
+EXAMPLE_FILES = (
+    "--gin_file=gin_configs/models/t5_1_1/small.gin --gin_file=gin_configs/runs/pretrain.gin"
+)
 EXAMPLE = (
-    "--gin_file=gin_configs/models/t5_1_1/small.gin --gin_file=gin_configs/runs/pretrain.gin \\\n"
+    f"{EXAMPLE_FILES} \\\n"
     "    --gin.TASK_FEATURE_LENGTHS=\"{'inputs': 512, 'targets': 114}\" "
     "--gin.TRAIN_STEPS=524288 \\\n"
     "    --gin.BATCH_SIZE=2048 --gin.DTYPE=\"'bfloat16'\" --target=v5e:4x4 --search"
 )
+
+# Programs that a search compiles, unless it is told how many.
+MAX_COMPILES = 8
 
 # Nothing is read and nothing written: a plan does without what says from and to where.
 _NOT_NEEDED = (
@@ -49,8 +55,7 @@ def run(argv: list[str]) -> int:
 
     bindings, rest = gin_utils.split_gin_flags(argv)
     arguments = parser.parse_args(rest)
-    if not arguments.gin_file or not arguments.target:
-        raise UsageError(f"give --gin_file and --target, for example {' '.join(EXAMPLE.split())}")
+    _check_given(arguments)
     target = targets.parse_target(arguments.target)
     flags = {flag.name: name for name, flag in chips.FLAGS.items()}
     figures = {flags[flag]: value for flag, value in given(arguments, flags).items()}
@@ -63,12 +68,27 @@ def run(argv: list[str]) -> int:
         _check_writable(arguments.json)
     targets.prepare(target)
     if arguments.search:
-        values = _search(config, target, chip, rates, arguments.max_compiles)
+        max_compiles = MAX_COMPILES if arguments.max_compiles is None else arguments.max_compiles
+        values = _search(config, target, chip, rates, max_compiles)
     else:
         values = _plan(config, target, chip, rates)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n")
     return 0
+
+
+def _check_given(arguments: argparse.Namespace) -> None:
+    """Raises UsageError on a flag that is missing, or that would do nothing."""
+    if not arguments.gin_file:
+        raise UsageError(f"--gin_file is missing: for example {EXAMPLE_FILES}")
+    if not arguments.target:
+        raise UsageError(
+            "--target is missing: a slice like v5e:4x4, 2xv5e:16x16, or GPUs like h100:8"
+        )
+    if arguments.max_compiles is not None and not arguments.search:
+        raise UsageError(
+            f"--max_compiles={arguments.max_compiles} has no effect on a single plan: add --search"
+        )
 
 
 def _check_writable(path: str) -> None:
@@ -100,10 +120,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="look for the mesh, microbatches and remat policy that fit and are fastest",
+        help="look for the mesh, microbatches and remat policy that fit and are fastest, in place "
+        "of those given",
     )
     parser.add_argument(
-        "--max_compiles", type=int, default=8, help="of --search (default: %(default)s)"
+        "--max_compiles", type=int, metavar="N", help=f"of --search (default: {MAX_COMPILES})"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything there as well")
     figures = parser.add_argument_group("figures in place of the published or assumed ones")
@@ -127,6 +148,13 @@ def _plan(config: "TrainConfig", target: "Target", chip: "Chip", rates: "Rates")
     """Compiles the run as it is, and prints and returns what follows."""
     from t5x_lite.plan import cost, program, show
 
+    target.partitioning_of(config)  # what is wrong with the mesh is said before that it compiles
+    print(
+        f"compiling for {show.chip_words(target)} of {target.kind}: about a minute for small "
+        "models, several for xxl",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         compiled = program.compile_step(config, target)
     except program.DoesNotFit as e:
@@ -163,6 +191,11 @@ def _search(
         layout = show.gin_flags(candidate.apply(config))
         print(f"compiling {layout}", file=sys.stderr, flush=True)
 
+    print(
+        f"--search lays the run out anew, in place of {show.gin_flags(config)}",
+        file=sys.stderr,
+        flush=True,
+    )
     found: Found = search.search(config, target, chip, plan, max_compiles, report)
     show.print_search(found)
     best = found.tried[0]
