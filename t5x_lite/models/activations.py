@@ -37,7 +37,7 @@ def lay_out(x: Array, *axes: str | None) -> Array:
 def gather(parameter: Array, axes: tuple[str | None, ...]) -> Array:
     """A parameter as it is used: whole along "embed", which `fsdp` splits.
 
-    Its gradient is added up where the parameter lies, never whole.
+    Its gradient lies as the parameter does.
 
     Args:
       parameter: in the dtype in which it is to travel.
