@@ -87,7 +87,13 @@ def _gather(address: str, port: int, me: Member, timeout: float, hint: str) -> _
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(port, me.num_processes, timeout))
         verdict = _Verdict()
-        while len(members) < me.num_processes and verdict.problem is None:
+        while verdict.problem is None:
+            if len(members) == me.num_processes:
+                gone = [number for number, c in by_number.items() if _is_closed(c)]
+                if not gone:
+                    break
+                for number in gone:  # to be started again, or missing
+                    del members[number], by_number[number]
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection = stack.enter_context(server.accept()[0])
@@ -100,8 +106,8 @@ def _gather(address: str, port: int, me: Member, timeout: float, hint: str) -> _
             member = Member(**found)
             connections.append(connection)
             same = by_number.get(member.process_id)
-            if same is not None and _is_closed(same):
-                del members[member.process_id]  # it was started again meanwhile
+            if same is not None and _is_closed(same):  # it was started again meanwhile
+                del members[member.process_id]
             verdict = _check_numbers(address, member, members, me)
             members.setdefault(member.process_id, member)
             by_number[member.process_id] = connection

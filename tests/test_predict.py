@@ -381,4 +381,4 @@ def test_eight_devices_equal_one(repo):
             np.testing.assert_allclose(out["8"][name], expected, rtol=1e-5)
         else:
             assert out["8"][name] == expected, name
-    assert "batch_size = 6: must be a multiple of the 4 devices" in out["error"]
+    assert "batch_size = 6: must be a multiple of the 4 parts" in out["error"]
