@@ -240,7 +240,7 @@ def write_shard(job: Job, index: int, report: Report = lambda rows, tokens: None
                 counts = {name: counts[name] + added[name] for name in counts}
         with _failing_as(path):
             writer.close()
-        num_bytes, digest = os.path.getsize(temporary), cache_files.digest(epath.Path(temporary))
+        num_bytes, digest = os.path.getsize(temporary), files.sha256(epath.Path(temporary))
     tokens = {name: counts[name] for name in ("inputs", "targets")}
     shard = Shard(counts["rows"], counts["examples"], tokens, num_bytes, digest)
     cache_files.write_note(directory, settings, index, shard)
@@ -335,7 +335,7 @@ def _locked(directory: epath.Path) -> Iterator[None]:
 
 def _is_intact(directory: epath.Path, index: int, job: Job, shard: Shard) -> bool:
     path = cache_files.shard_path(directory, index, job.settings.num_shards)
-    if path.exists() and cache_files.digest(path) == shard.sha256:
+    if path.exists() and files.sha256(path) == shard.sha256:
         return True
     print(f"{path} is {'damaged' if path.exists() else 'missing'}: it is made anew", flush=True)
     return False

@@ -27,7 +27,6 @@ from t5x_lite.errors import Failure, UsageError, nearest
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.model"
 _FORMAT = 1
-_READ_BYTES = 1 << 22
 
 
 class CacheError(Failure):
@@ -332,15 +331,6 @@ def _flags_of(settings: Settings) -> list[str]:
     defaults = {"num_passes": 1, "seed": 0}
     given = {name: v for name, v in numbers.items() if v != defaults[name]}
     return [f"--{name}={v}" for name, v in (given | {"num_shards": settings.num_shards}).items()]
-
-
-def digest(path: epath.Path) -> str:
-    """The SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as f:
-        while part := f.read(_READ_BYTES):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _to_json(value: Any) -> bytes:

@@ -1,9 +1,12 @@
-"""Whole-file writes that are never seen half done."""
+"""Whole-file writes that are never seen half done, and what tells that a file is as it was."""
 
+import hashlib
 import os
 import uuid
 
 from etils import epath
+
+_READ_BYTES = 1 << 22
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -42,3 +45,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """
     path = epath.Path(path)
     return path.resolve() if is_local(path) else path
+
+
+def sha256(path: epath.Path) -> str:
+    """The SHA-256 of a file, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while part := f.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()

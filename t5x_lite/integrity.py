@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from etils import epath
 
-from t5x_lite.files import is_local, write_atomically
+from t5x_lite.files import is_local, sha256, write_atomically
 
 STEP_NAME = re.compile(r"(0|[1-9][0-9]*)(\..+)?")  # the step, and a suffix if it is not one to read
 
@@ -22,7 +22,6 @@ _DIGESTS = "SHA256SUMS"
 _LAST_LINE = b"# sha256 of everything before this digest: "
 _DELETING = "DELETING"
 _ORBAX_COMMIT = "commit_success.txt"
-_READ_BYTES = 1 << 22
 
 _T = TypeVar("_T")
 
@@ -95,7 +94,7 @@ def is_committed(step_dir: epath.Path) -> bool:
 def write_digests(directory: epath.Path) -> None:
     """Writes SHA256SUMS for every file under `directory`, in one atomic step."""
     names = sorted(list_files(directory))
-    digests = _in_parallel(lambda name: _sha256(directory / name), names)
+    digests = _in_parallel(lambda name: sha256(directory / name), names)
     lines = "".join(f"{digest}  {name}\n" for name, digest in zip(names, digests, strict=True))
     body = lines.encode() + _LAST_LINE
     write_atomically(directory / _DIGESTS, body + _hex_line(body))
@@ -127,7 +126,7 @@ def find_damage(directory: epath.Path, part: str = "") -> str | None:
 
     def check(name: str) -> str | None:
         try:
-            same = _sha256(directory / name) == digests[name]
+            same = sha256(directory / name) == digests[name]
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -160,14 +159,6 @@ def _read_digests(directory: epath.Path) -> dict[str, str]:
 
 def _hex_line(data: bytes) -> bytes:
     return hashlib.sha256(data).hexdigest().encode() + b"\n"
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _in_parallel(function: Callable[[str], _T], names: Iterable[str]) -> list[_T]:

@@ -12,7 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from small_run import flip_a_bit
 
-from t5x_lite import cache_files, input_position, row_records
+from t5x_lite import cache_files, files, input_position, row_records
 from t5x_lite.cache_files import CacheError, Manifest, Settings, Shard
 from t5x_lite.errors import UsageError
 from t5x_lite.indexed_data import IndexedBatches
@@ -59,7 +59,7 @@ def cache(tmp_path_factory):
             writer.write(row_records.encode(rows, "uint16")[0])
         writer.close()
         num_tokens = {"inputs": size, "targets": size}
-        digest = cache_files.digest(file)
+        digest = files.sha256(file)
         shards.append(Shard(size, size, num_tokens, file.stat().length, digest))
     cache_files.finish(directory, Manifest(SETTINGS, tuple(shards)), None, {})
     return path
