@@ -22,6 +22,7 @@ _ITEM_SIZES = {
 }
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
+_TILE = re.compile(r"([\d,]+):T\(([\d,]+)\)")
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s")
 _INSTRUCTION = re.compile(r"\s+(ROOT\s+)?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
@@ -36,32 +37,44 @@ class Array(NamedTuple):
       dtype: XLA's name of it.
       dims: sizes.
       memory_space: 0 for the device's main memory; TPUs have others on the chip.
+      stored_dims: sizes with the padding to whole tiles (https://openxla.org/xla/tiled_layout).
     """
 
     dtype: str
     dims: tuple[int, ...]
     memory_space: int
+    stored_dims: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
         """Bytes without padding."""
-        size = _ITEM_SIZES.get(self.dtype)
-        if size is None:
-            size = 1.0 if self.dtype.startswith("f8") else 0.0
-        return math.ceil(math.prod(self.dims) * size)
+        return math.ceil(math.prod(self.dims) * self._item_size)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes with padding."""
+        return math.ceil(math.prod(self.stored_dims) * self._item_size)
+
+    @property
+    def _item_size(self) -> float:
+        return _ITEM_SIZES.get(self.dtype, 1.0 if self.dtype.startswith("f8") else 0.0)
+
+
+def _read_array(dtype: str, dims: str, layout: str) -> Array:
+    sizes = tuple(int(n.removeprefix("<=")) for n in dims.split(",") if n)
+    space = _MEMORY_SPACE.search(layout)
+    stored = list(sizes)
+    if tiled := _TILE.match(layout):
+        minor_to_major, tile = ([int(n) for n in numbers.split(",")] for numbers in tiled.groups())
+        for dim, size in zip(minor_to_major, reversed(tile), strict=False):
+            stored[dim] = -(-stored[dim] // size) * size
+    return Array(dtype, sizes, int(space[1]) if space else 0, tuple(stored))
 
 
 @functools.lru_cache(maxsize=65536)
 def arrays_of(shape: str) -> tuple[Array, ...]:
     """The arrays of a shape's text: one, or all that a tuple holds, nested ones too."""
-    return tuple(
-        Array(
-            dtype,
-            tuple(int(n.removeprefix("<=")) for n in dims.split(",") if n),
-            int(space[1]) if (space := _MEMORY_SPACE.search(layout)) else 0,
-        )
-        for dtype, dims, layout in _ARRAY.findall(shape)
-    )
+    return tuple(_read_array(*found) for found in _ARRAY.findall(shape))
 
 
 class Instruction(NamedTuple):
@@ -91,8 +104,13 @@ class Instruction(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the result."""
+        """Bytes of the result, without padding."""
         return sum(array.num_bytes for array in self.arrays)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the result, with padding."""
+        return sum(array.stored_bytes for array in self.arrays)
 
     def attribute(self, name: str) -> str | None:
         """The value of an attribute that is one word: `channel_id`, `calls`, `body`, ..."""

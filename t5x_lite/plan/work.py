@@ -35,8 +35,8 @@ class Work:
     Attributes:
       flops: operations of matrix products.
       bytes_accessed: an estimate of what is read from and written to the main memory: the operands
-        and results of all instructions that are in no fusion, of slices what is sliced, and
-        nothing of what lies in a memory on the chip.
+        and results of all instructions that are in no fusion, of slices what is sliced, padding
+        included, and nothing of what lies in a memory on the chip.
       transfers: how often each collective is executed.
       unknown_loops: loops whose trip count is unknown, counted once.
     """
@@ -178,29 +178,72 @@ class _Walk:
         if opcode == "fusion":
             (fused,) = self.module.called(instruction)
             return sum(
-                _least(operand, _read_inside(fused, fused.parameters[number]))
+                _least(operand, self._read_inside(fused, fused.parameters[number]))
                 for number, operand in enumerate(operands)
-            ) + _least(instruction, _written_inside(fused))
+            ) + _least(instruction, self._written_inside(fused))
         if opcode == "custom-call" and any(name in instruction.attributes for name in _FREE_CALLS):
             return 0
         if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             # (to, from, ...) or ((from), to, ...): what is moved is the smaller of the two.
             ends = instruction.arrays[:2]
-            moved = min(array.num_bytes for array in ends)
+            moved = min(array.stored_bytes for array in ends)
             return moved * sum(array.memory_space == 0 for array in ends)
         if opcode in _SLICES:
             return 2 * _in_main_memory(instruction)
         if opcode == "dynamic-update-slice":
-            return 2 * operands[1].num_bytes if _in_main_memory(instruction) else 0
+            return 2 * operands[1].stored_bytes if _in_main_memory(instruction) else 0
         if opcode == "scatter":
-            return 3 * sum(o.num_bytes for o in operands[len(operands) // 2 + 1 :])
+            return 3 * sum(o.stored_bytes for o in operands[len(operands) // 2 + 1 :])
         if opcode == "send":
             return sum(map(_in_main_memory, operands))
         results = instruction.arrays
         if opcode.endswith("-start") and opcode != "all-reduce-start":
             results = results[len(operands) :]  # (operands, results, ...)
-        written = sum(array.num_bytes for array in results if array.memory_space == 0)
+        written = sum(array.stored_bytes for array in results if array.memory_space == 0)
         return written + sum(map(_in_main_memory, operands))
+
+    def _read_inside(self, fused: Computation, value: Instruction) -> int:
+        """Of a fusion's parameter, the bytes that its instructions read."""
+        total = 0
+        for user in fused.users[value.name]:
+            first = user.operands[0] == value.name
+            if user.opcode in _VIEWS:
+                total += self._read_inside(fused, user)
+            elif user.opcode == "fusion":
+                (inner,) = self.module.called(user)
+                for number, operand in enumerate(user.operands):
+                    if operand == value.name:
+                        total += self._read_inside(inner, inner.parameters[number])
+            elif user.opcode in _SLICES and first:
+                total += user.stored_bytes
+            elif user.opcode == "dynamic-update-slice" and first:
+                continue  # written in place
+            elif _hands_on(user):
+                continue  # the collective's bytes are counted where it is
+            else:
+                return value.stored_bytes
+        return min(total, value.stored_bytes)
+
+    def _written_inside(self, fused: Computation) -> int:
+        """Of a fusion's result, the bytes that its instructions write."""
+        root = fused.instructions[fused.root]
+        results = fused.operands(root) if root.opcode == "tuple" else [root]
+        total = 0
+        for result in results:
+            while result.opcode in _VIEWS:
+                (result, *_) = fused.operands(result)
+            if result.opcode == "dynamic-update-slice":
+                total += fused.operands(result)[1].stored_bytes
+            elif result.opcode == "fusion":
+                (inner,) = self.module.called(result)
+                total += self._written_inside(inner)
+            elif result.opcode in ("parameter", "get-tuple-element", "custom-call"):
+                continue
+            elif collectives.kind_of(result):
+                continue  # counted where the collective is
+            else:
+                total += result.stored_bytes
+        return total
 
 
 def _starts(computation: Computation) -> bool:
@@ -220,7 +263,7 @@ def _uses(
 
 
 def _in_main_memory(instruction: Instruction) -> int:
-    return sum(array.num_bytes for array in instruction.arrays if array.memory_space == 0)
+    return sum(array.stored_bytes for array in instruction.arrays if array.memory_space == 0)
 
 
 def _least(instruction: Instruction, inside: int) -> int:
@@ -242,38 +285,7 @@ def _traffic_of_fused(fused: Computation, collective: Instruction) -> int:
     return total
 
 
-def _read_inside(fused: Computation, value: Instruction) -> int:
-    """Of a fusion's parameter, the bytes that its instructions read."""
-    total = 0
-    for user in fused.users[value.name]:
-        first = user.operands[0] == value.name
-        if user.opcode in _VIEWS:
-            total += _read_inside(fused, user)
-        elif user.opcode in _SLICES and first:
-            total += user.num_bytes
-        elif user.opcode == "dynamic-update-slice" and first:
-            continue  # written in place
-        elif user.opcode == "tuple" or collectives.kind_of(user) or "AsyncColl" in user.attributes:
-            continue  # handed on; the collective's bytes are counted where it is
-        else:
-            return value.num_bytes
-    return min(total, value.num_bytes)
-
-
-def _written_inside(fused: Computation) -> int:
-    """Of a fusion's result, the bytes that its instructions write."""
-    root = fused.instructions[fused.root]
-    results = fused.operands(root) if root.opcode == "tuple" else [root]
-    total = 0
-    for result in results:
-        while result.opcode in _VIEWS:
-            (result, *_) = fused.operands(result)
-        if result.opcode == "dynamic-update-slice":
-            total += fused.operands(result)[1].num_bytes
-        elif result.opcode in ("parameter", "get-tuple-element", "custom-call"):
-            continue
-        elif collectives.kind_of(result):
-            continue  # counted where the collective is
-        else:
-            total += result.num_bytes
-    return total
+def _hands_on(user: Instruction) -> bool:
+    """Whether it is a tuple or a collective, which read nothing in the fusion itself."""
+    is_collective = collectives.kind_of(user) or "AsyncColl" in user.attributes
+    return user.opcode == "tuple" or bool(is_collective)
