@@ -322,6 +322,64 @@ ENTRY %main (a: f32[10,100], i: s32[]) -> f32[10,100] {
     assert work_of(text).bytes_accessed == (2 * row + index) + row + (row + index)
 
 
+def test_traffic_of_a_fusion_in_a_fusion_is_what_the_inner_one_slices() -> None:
+    """As XLA:TPU reads a layer of a stack where it is multiplied, and writes one."""
+    text = """HloModule nested
+
+%slice (p0: f32[10,100], p1: s32[]) -> f32[100] {
+  %p0 = f32[10,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+  ROOT %flat = f32[100]{0} reshape(%row)
+}
+
+%update (p2: f32[10,100], p3: f32[100], p4: s32[]) -> f32[10,100] {
+  %p2 = f32[10,100]{1,0} parameter(0)
+  %p3 = f32[100]{0} parameter(1)
+  %p4 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  %new = f32[1,100]{1,0} reshape(%p3)
+  ROOT %put = f32[10,100]{1,0} dynamic-update-slice(%p2, %new, %p4, %zero.1)
+}
+
+%outer (p5: f32[10,100], p6: f32[10,100], p7: s32[]) -> f32[10,100] {
+  %p5 = f32[10,100]{1,0} parameter(0)
+  %p6 = f32[10,100]{1,0} parameter(1)
+  %p7 = s32[] parameter(2)
+  %read = f32[100]{0} fusion(%p5, %p7), kind=kLoop, calls=%slice
+  %twice = f32[100]{0} add(%read, %read)
+  ROOT %written = f32[10,100]{1,0} fusion(%p6, %twice, %p7), kind=kLoop, calls=%update
+}
+
+ENTRY %main (a: f32[10,100], b: f32[10,100], i: s32[]) -> f32[10,100] {
+  %a = f32[10,100]{1,0} parameter(0)
+  %b = f32[10,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %c = f32[10,100]{1,0} fusion(%a, %b, %i), kind=kOutput, calls=%outer
+}
+"""
+    row, index = 400, 4
+    assert work_of(text).bytes_accessed == row + row + index
+
+
+def test_traffic_is_in_whole_tiles_and_what_is_sent_is_not() -> None:
+    """8 x 128 elements a tile; of the second array the first dimension is the minor one."""
+    text = """HloModule tiles
+
+ENTRY %main (a: f32[3,100], b: bf16[3,100]) -> bf16[3,100] {
+  %a = f32[3,100]{1,0:T(8,128)} parameter(0)
+  %b = bf16[3,100]{0,1:T(8,128)(2,1)} parameter(1)
+  %c = f32[3,100]{1,0:T(8,128)S(1)} copy(%a)
+  %d = bf16[3,100]{0,1:T(8,128)(2,1)S(1)} copy(%b)
+  ROOT %e = f32[6,100]{1,0:T(8,128)S(1)} all-gather(%a), channel_id=1, dimensions={0}
+}
+"""
+    work = work_of(text)
+    assert work.bytes_accessed == 2 * (8 * 128 * 4) + 128 * 104 * 2
+    assert _by_kind(work) == {"all-gather": (1, 3 * 100 * 4)}
+
+
 START = """HloModule start
 
 %fused (p: f32[2,8]) -> (f32[2,8], f32[8,8], u32[]) {

@@ -228,6 +228,8 @@ def prepare(target: Target) -> None:
     """
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
     jax.config.update("jax_platforms", "cpu")
+    # What was compiled for a chip cannot be read back without one.
+    jax.config.update("jax_enable_compilation_cache", False)
     if target.is_gpu:
         # Too late if JAX has started; then `devices` says so if there are too few.
         with contextlib.suppress(RuntimeError):
