@@ -139,5 +139,5 @@ def test_arguments_that_are_wrong(capfd, flags, expected):
 def test_without_gin_files(capfd):
     assert main(["plan", "--target=h100:1"]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("t5x_lite: --gin_file is missing: for example --gin_file=gin_configs/")
+    assert error.startswith("t5x_lite: give --gin_file, for example --gin_file=gin_configs/")
     assert error.count("\n") == 1 and "\\" not in error

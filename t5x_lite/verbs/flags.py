@@ -13,7 +13,7 @@ from t5x_lite.errors import UsageError, nearest
 if TYPE_CHECKING:
     from t5x_lite.decoding import DecodeConfig
     from t5x_lite.distributed import Options
-    from t5x_lite.run_config import DataConfig
+    from t5x_lite.run_config import DataConfig, TrainConfig
 
 
 EXAMPLE_FILES = (
@@ -57,6 +57,44 @@ def keep_compiled_programs() -> None:
         root = os.environ.get("T5X_LITE_CACHE", "~/.cache/t5x_lite")
         jax.config.update("jax_compilation_cache_dir", f"{pathlib.Path(root).expanduser()}/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# ---- gin -----------------------------------------------------------------------------------------
+
+
+def add_gin_flags(parser: argparse.ArgumentParser) -> None:
+    """What a run is, as `gin_utils.split_gin_flags` and `run_of` read it."""
+    parser.add_argument(
+        "--gin_file", action="append", default=[], help="repeatable; a later file wins"
+    )
+    parser.add_argument(
+        "--gin.NAME",
+        dest="unused",
+        metavar="VALUE",
+        help="--gin.NAME=VALUE binds a macro or parameter; repeatable, wins over files",
+    )
+    parser.add_argument("--gin_search_paths", default="", help="comma-separated directories")
+
+
+def run_of(
+    arguments: argparse.Namespace, bindings: Iterable[str], example: str
+) -> tuple["TrainConfig", str]:
+    """The run that the flags of `add_gin_flags` describe, and its configuration in gin's words.
+
+    Args:
+      arguments: the flags.
+      bindings: what `gin_utils.split_gin_flags` found.
+      example: --gin_file=... for whoever has given none.
+
+    Raises:
+      UsageError: no file, or one that is wrong.
+    """
+    from t5x_lite import gin_utils
+
+    if not arguments.gin_file:
+        raise UsageError(f"give --gin_file, for example {example}")
+    paths = [path for path in arguments.gin_search_paths.split(",") if path]
+    return gin_utils.load_train_config(arguments.gin_file, list(bindings), paths)
 
 
 # ---- several processes ---------------------------------------------------------------------------

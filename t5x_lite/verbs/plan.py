@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from t5x_lite.errors import UsageError
-from t5x_lite.verbs.flags import parser_of
+from t5x_lite.verbs.flags import add_gin_flags, given, parser_of, run_of
 
 if TYPE_CHECKING:
     from t5x_lite.plan.chips import Chip
@@ -51,7 +51,6 @@ def run(argv: list[str]) -> int:
         parser.parse_args(argv)
     from t5x_lite import gin_utils
     from t5x_lite.plan import chips, cost, targets
-    from t5x_lite.verbs.flags import given
 
     bindings, rest = gin_utils.split_gin_flags(argv)
     arguments = parser.parse_args(rest)
@@ -62,8 +61,7 @@ def run(argv: list[str]) -> int:
     chip = chips.chip_of(target.kind, figures)
     names = [field.name for field in dataclasses.fields(cost.Rates)]
     rates = cost.Rates(**given(arguments, names))
-    paths = [path for path in arguments.gin_search_paths.split(",") if path]
-    config, _ = gin_utils.load_train_config(arguments.gin_file, [*bindings, *_NOT_NEEDED], paths)
+    config, _ = run_of(arguments, [*bindings, *_NOT_NEEDED], EXAMPLE_FILES)
     if arguments.json:
         _check_writable(arguments.json)
     targets.prepare(target)
@@ -79,8 +77,6 @@ def run(argv: list[str]) -> int:
 
 def _check_given(arguments: argparse.Namespace) -> None:
     """Raises UsageError on a flag that is missing, or that would do nothing."""
-    if not arguments.gin_file:
-        raise UsageError(f"--gin_file is missing: for example {EXAMPLE_FILES}")
     if not arguments.target:
         raise UsageError(
             "--target is missing: a slice like v5e:4x4, 2xv5e:16x16, or GPUs like h100:8"
@@ -104,16 +100,7 @@ def _check_writable(path: str) -> None:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gin_file", action="append", default=[], help="repeatable; a later file wins"
-    )
-    parser.add_argument(
-        "--gin.NAME",
-        dest="unused",
-        metavar="VALUE",
-        help="--gin.NAME=VALUE binds a macro or parameter; repeatable, wins over files",
-    )
-    parser.add_argument("--gin_search_paths", default="", help="comma-separated directories")
+    add_gin_flags(parser)
     parser.add_argument(
         "--target", help="v5e:16x16, 2xv5p:8x8x8 (two slices), v4:4x4x4, v6e:4x4, h100:64, ..."
     )

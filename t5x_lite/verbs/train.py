@@ -1,12 +1,13 @@
 """`train`: a training run from gin files."""
 
-from t5x_lite.errors import UsageError
 from t5x_lite.verbs.flags import (
     EXAMPLE_FILES,
+    add_gin_flags,
     add_process_flags,
     keep_compiled_programs,
     parser_of,
     process_options,
+    run_of,
 )
 
 
@@ -17,16 +18,7 @@ def run(argv: list[str]) -> int:
         "Pre-train or fine-tune. The same command resumes a run that was interrupted.",
         f"train {EXAMPLE_FILES}",
     )
-    parser.add_argument(
-        "--gin_file", action="append", default=[], help="repeatable; a later file wins"
-    )
-    parser.add_argument(
-        "--gin.NAME",
-        dest="unused",
-        metavar="VALUE",
-        help="--gin.NAME=VALUE binds a macro or parameter; repeatable, wins over files",
-    )
-    parser.add_argument("--gin_search_paths", default="", help="comma-separated directories")
+    add_gin_flags(parser)
     parser.add_argument("--tfds_data_dir", help="where TFDS finds prepared data sets")
     parser.add_argument(
         "--dry_run",
@@ -44,12 +36,9 @@ def run(argv: list[str]) -> int:
     bindings, rest = gin_utils.split_gin_flags(argv)
     arguments = parser.parse_args(rest)
     processes = process_options(arguments)
-    if not arguments.gin_file:
-        raise UsageError(f"give --gin_file, for example {EXAMPLE_FILES}")
     if arguments.tfds_data_dir:
         bindings.append(f"DataConfig.tfds_data_dir = {arguments.tfds_data_dir!r}")
-    paths = [path for path in arguments.gin_search_paths.split(",") if path]
-    config, text = gin_utils.load_train_config(arguments.gin_file, bindings, paths)
+    config, text = run_of(arguments, bindings, EXAMPLE_FILES)
 
     def check_saved() -> None:
         saved = epath.Path(config.model_dir) / "config.gin"
