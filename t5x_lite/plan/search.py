@@ -34,6 +34,7 @@ from t5x_lite.run_config import TrainConfig
 # Arrays of at most this size are thought to stay on the chip between instructions: half of the 128
 # MiB that v5e, v5p and v6e have there (Austin et al. 2025, part 2).
 ON_CHIP_BYTES = 64 * 2**20
+LANES = 128  # of which a TPU's arrays have a multiple in their last dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,10 +401,17 @@ class _Estimator:
             residual = positions * m.d_model
             if policy == "full":
                 return residual
-            products = positions * (attentions * (3 * width + m.d_model) + mlp + m.d_model)
             if policy == "dots":
+                products = positions * (attentions * (3 * width + m.d_model) + mlp + m.d_model)
                 return residual + products
-            return residual * (2 + attentions) + 2 * products + 3 * scores
+            # As found in compiled programs: of each sub-layer two arrays in float32 and two more,
+            # of an MLP all that its activation function computes, of scores one in float32.
+            sublayers = attentions + 1
+            return (
+                6 * sublayers * residual
+                + positions * (4 * attentions * width + 4 * mlp)
+                + 3 * scores
+            )
 
         encoder = m.num_encoder_layers * kept(inputs, 1, scores_encoder)
         decoder = m.num_decoder_layers * kept(targets, 2, scores_decoder)
@@ -428,14 +436,20 @@ class _Estimator:
         state = 2 * (self.params + self.optimizer)
         if self.is_gpu:
             return state
+        m = self.model
         passes = 4 if policy == "full" else 3
-        whole = self.params * self.mesh["fsdp"] * self.item / 4
+        weights = count * passes * self.params * self.mesh["fsdp"] * self.item / 4
         accumulated = 3 * self.params * (count if count > 1 else 0)
         kept, scores = self._elements(self.rows / count, policy)
         working, _ = self._elements(self.rows / count, "none")
-        at_work = 0.0 if 4 * scores <= ON_CHIP_BYTES else passes * working
-        activations = count * self.item * (2 * kept + at_work)
-        return count * passes * whole + accumulated + 2 * state + activations
+        is_near = 4 * scores <= ON_CHIP_BYTES
+        layers = count * self.item * (2 * kept + passes * working * (0.25 if is_near else 1))
+        logits = 5 * 4 * self.rows * self.lengths[1] * m.vocab_size / self.mesh["model"]
+        # A device looks up its columns of the embeddings of all rows of its fsdp group.
+        columns = LANES * math.ceil(m.d_model / self.mesh["fsdp"] / LANES)
+        tokens = self.rows * self.mesh["fsdp"] * sum(self.lengths)
+        looked_up = 6 * self.item * tokens * columns
+        return weights + accumulated + 2 * state + layers + logits + looked_up
 
     def _communication(self, count: int, policy: str) -> tuple[float, float]:
         """Bytes that a device sends in a step: to neighbours, to other slices."""
