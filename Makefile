@@ -20,9 +20,10 @@ train: .venv/.train
 		--gin_file=gin_configs/models/t5_1_1/tiny.gin \
 		--gin_file=gin_configs/runs/python_docs_finetune.gin
 
-# A file of tests stays in one process: its fixtures and compiled functions are made once.
+# A file of tests stays in one process: its fixtures and compiled functions are made once. Many tests
+# wait for processes that they start, so three keep two cores busy.
 test: .venv/.dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 3 --dist loadfile
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -185,6 +185,9 @@ def test_readme(repo, shared_data, made, tmp_path, monkeypatch, capfd):
             ]
         if argv[:2] == ["tasks", "inspect"]:
             argv = [*argv, "--num_examples=20"]
+        if argv[0] == "plan":
+            argv = [*argv, "--gin.T5Config.vocab_size=512", "--gin.BATCH_SIZE=32"]
+            argv = [*argv, "--gin.NUM_MICROBATCHES=2"]
         assert main(argv) == 0, capfd.readouterr().err
 
 
