@@ -4,8 +4,8 @@ Every combination is first judged in closed form, which takes no time and is rig
 per cent; the most promising are compiled, and what the compiled programs say decides.
 
 How far the closed form is off, of the 21 programs in docs/plan.md: they need 0.5 to 1.0 times the
-memory that it expects, move 0.7 to 1.5 times the bytes from and to memory, and send 0.6 to 0.9 times
-the bytes. So it chooses what to compile, and is never an answer.
+memory that it expects, move 0.7 to 1.5 times the bytes from and to memory, and send 0.6 to 0.9
+times the bytes. So it chooses what to compile, and is never an answer.
 """
 
 import dataclasses

@@ -84,12 +84,10 @@ def print_plan(plan: Plan, config: TrainConfig, target: Target, chip: Chip, rate
             f"{flops.program:.4g}",
             f"{flops.program / target.num_chips:.4g}",
         ),
-        (
-            "from and to memory",
-            "",
-            decimal_bytes(program.bytes_accessed * target.devices_per_chip),
-        ),
     ]
+    if not target.is_gpu:  # XLA:CPU's says nothing of a GPU's
+        accessed = decimal_bytes(program.bytes_accessed * target.devices_per_chip)
+        work.append(("from and to memory", "", accessed))
     _print(console, "work of a step", ["", "all chips", "a chip"], work)
     head = ["", "along", "group", "in the program", "executed", "put in", "sent", "over"]
     _print(console, "collectives of a step, a device", head, collective_rows(program.collectives))
