@@ -21,9 +21,10 @@ train: .venv/.train
 		--gin_file=gin_configs/runs/python_docs_finetune.gin
 
 # A file of tests stays in one process: its fixtures and compiled functions are made once. Many tests
-# wait for processes that they start, so three keep two cores busy.
+# wait for processes that they start, so three keep two cores busy. Files in their order: pytest-xdist
+# would put those of few tests last, and they are the long ones.
 test: .venv/.dev
-	.venv/bin/python -m pytest -n 3 --dist loadfile
+	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

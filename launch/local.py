@@ -117,7 +117,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int]) -> int:
             deadline = time.monotonic() + GRACE_SECONDS
             if not received:  # else they know already, and a second signal may mean "at once"
                 others = "; ending the others" if None in codes else ""
-                print(f"local.py: process {i} {_ended(first_failure)}{others}", file=sys.stderr)
+                # One write, as in _copy.
+                sys.stderr.write(f"local.py: process {i} {_ended(first_failure)}{others}\n")
                 _signal_all(processes, signal.SIGTERM)
         if time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL)
