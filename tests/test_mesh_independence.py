@@ -121,7 +121,6 @@ def test_losses_and_checkpoints_do_not_depend_on_the_mesh(
     arguments = [shapes, optimizer, remat_policy, str(tmp_path / "checkpoints")]
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],
-        # Half the time to compile; what is computed is the same.
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -404,8 +404,8 @@ class _Estimator:
             if policy == "dots":
                 products = positions * (attentions * (3 * width + m.d_model) + mlp + m.d_model)
                 return residual + products
-            # As found in compiled programs: of each sub-layer two arrays in float32 and two more,
-            # of an MLP all that its activation function computes, of scores one in float32.
+            # As found in compiled programs: of each sub-layer's input two arrays in float32 and two
+            # in the model's dtype, of scores one in each, of an MLP all that its gelu computes.
             sublayers = attentions + 1
             return (
                 6 * sublayers * residual
