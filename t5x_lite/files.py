@@ -49,7 +49,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 def sha256(path: epath.Path) -> str:
     """The SHA-256 of a file, in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # hashlib.file_digest needs readinto, which not all of epath's have
     with path.open("rb") as f:
         while part := f.read(_READ_BYTES):
             digest.update(part)
